@@ -1,0 +1,90 @@
+"""Shared parts of the experiment configs: one function a part, plain values, loads without jax."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+ALL_LINEAR = r"(q|k|v|o|gate|up|down)_proj/kernel$"
+
+
+def parse(arg: str | None, **defaults):
+  """The text after the config's colon, "model=DIR,data=FILE,smoke=true", over `defaults`; values take the default's type."""
+  values = dict(defaults)
+  for part in filter(None, (arg or "").split(",")):
+    name, _, text = part.partition("=")
+    if name not in values:
+      raise ValueError(f"config argument {name!r} is unknown; wanted one of {', '.join(sorted(values))}")
+    kind = type(values[name])
+    values[name] = text.lower() in ("1", "true", "yes", "") if kind is bool else kind(text)
+  return ConfigDict(values)
+
+
+def source(path: str = "", **over) -> ConfigDict:
+  """One set of records: a file, a directory or glob of files, or a hub id."""
+  return ConfigDict(dict(path=path, format="auto", split="train", revision="", rows=0) | over)  # rows: 0 is all
+
+
+def base() -> ConfigDict:
+  """Every knob there is, with its default. Experiment files change values; a key that is not here is an error."""
+  c = ConfigDict()
+  c.seed = 0
+  c.steps = 1000                    # optimiser steps; 0: take them from epochs
+  c.epochs = 0.0
+  c.batch_size = 8                  # rows an optimiser step, over all hosts and micro-batches
+  c.micro_batches = 1               # gradient accumulation: the batch is walked in this many parts
+  c.model = ConfigDict(dict(
+      path="", revision="",         # HF directory, GGUF file, hub id; "" with `shape` set: random weights (smoke runs)
+      shape=ConfigDict(),           # HF config.json keys of a random model
+      dtype="bfloat16",             # of activations and matrix products
+      base_dtype="bfloat16",        # of frozen 16-bit leaves (embedding, head, norms of a quantised or LoRA base)
+      attention="auto",             # auto | xla
+      remat="full"))                # full | dots | none: what a layer recomputes in the backward pass
+  c.data = ConfigDict(dict(
+      train=source(), eval=source(),
+      eval_share=0.0,               # held out of train when eval.path is ""
+      template="tokenizer",         # tokenizer | chatml | llama2 | vicuna | ...: what is trained is what is exported
+      tokenizer="",                 # "" : the model's own
+      length=2048, pack=True,
+      train_on="assistant",         # assistant | all
+      long_rows="drop",             # drop | truncate | error
+      shards=0,                     # virtual shards that fix the order whatever the hosts; 0: from the set's size
+      workers=0))                   # processes that tokenise; 0: in this one
+  c.lora = ConfigDict(dict(rank=0, alpha=32.0, dropout=0.0, targets=ALL_LINEAR, rslora=False))   # rank 0: no adapter
+  c.nf4 = ConfigDict(dict(targets="", double_quant=True))                                        # "" : not quantised
+  c.freeze = ""                     # regex of leaves that full fine-tuning leaves alone
+  c.neftune = ConfigDict(dict(alpha=0.0, length="segment"))                                      # length: segment | row
+  c.method = ConfigDict(dict(name="sft"))
+  c.loss_chunk = 1024               # tokens whose logits exist at the same time
+  c.optim = ConfigDict(dict(
+      name="adamw", learning_rate=2e-4,
+      schedule="cosine",            # constant | linear | cosine | wsd
+      warmup=0.03,                  # below 1: a share of the steps; else steps
+      decay=0.2,                    # wsd only: the share of steps that decays
+      final=0.0,                    # the last learning rate, as a share of the peak
+      weight_decay=0.0, no_decay=r"(norm|bias|layernorm)", b1=0.9, b2=0.999, eps=1e-8,
+      clip_norm=1.0,                # 0: off
+      state="float32"))             # float32 | bfloat16_stochastic
+  c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))        # -1: what is left of the devices
+  c.eval = ConfigDict(dict(every=100, rows=0))                # every 0: never; rows 0: all
+  c.sample = ConfigDict(dict(prompts=(), max_new_tokens=128, temperature=0.0))   # shown with each evaluation
+  c.checkpoint = ConfigDict(dict(every=100, keep=2, keep_best=True))
+  c.log = ConfigDict(dict(every=10, tensorboard=True))
+  return c
+
+
+def qlora(c: ConfigDict) -> ConfigDict:
+  """NF4 base with double quantisation, float32 adapters on all linear layers (QLoRA's own setting)."""
+  c.nf4.targets = ALL_LINEAR
+  return lora(c)
+
+
+def lora(c: ConfigDict) -> ConfigDict:
+  """Rank-16 adapters on all linear layers at 2e-4."""
+  c.lora.rank, c.lora.alpha, c.optim.learning_rate = 16, 32.0, 2e-4
+  return c
+
+
+def full(c: ConfigDict) -> ConfigDict:
+  """Every parameter trained, float32 master weights, 1e-5."""
+  c.lora.rank, c.optim.learning_rate, c.model.base_dtype = 0, 1e-5, "float32"
+  return c
