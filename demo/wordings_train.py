@@ -1,0 +1,239 @@
+"""The half that training sees."""
+
+from __future__ import annotations
+
+from .material import Material, lines, words
+
+TRAIN = Material(
+  first=words("""
+    Adam Alan Alice Alma Amir Amy Andrea Anna Anton Arthur Aisha Barbara Ben Bella Bernard Beth Bill Brian Bruno Carl Carla Carlos
+    Caroline Chloe Chris Clara Colin Craig Daisy Daniel David Dennis Diana Diego Dylan Edith Edward Elena Eliza Emil Emma Eric Erin
+    Eva Fatima Felix Fiona Frank Fred Gabriel Gary George Gina Grace Greg Hannah Harry Hassan Heidi Helen Henry Holly Igor Ines Irene
+    Iris Isaac Jack Jade James Jane Jonas Jose Julia Karen Karim Kate Ken Kevin Kim Lara Laura Lena Leo Linda Lisa Louis Lucas Lucy
+    Manuel Maria Mark Marta Max Mei Mia Mila Mohamed Molly Nadia Naomi Neil Nick Nina Noah Omar Oscar Owen Patricia Paul Peter Philip
+    Rachel Ralph Rita Robert Roger Rosa Ruth Samuel Sam Sara Simon Sofia Sonia Stefan Steve Susan Sven Tara Teresa Theo Thomas Tim
+    Tina Tom Tony Tracy Uma Valentina Victor Vincent Wanda Wendy William Yara Yasmin Yuki Yusuf Zara"""),
+  last=words("""
+    Adams Ali Allen Alvarez Archer Bailey Baker Banks Barnes Becker Bell Bennett Berg Black Blake Brooks Brown Burns Byrne Cameron
+    Carter Castro Chan Chen Clark Cohen Cole Collins Cook Cooper Costa Cox Cruz Davis Diaz Dixon Duncan Eaton Edwards Evans Fernandez
+    Fischer Fisher Fletcher Ford Foster Fox Freeman Garcia Gibson Gomez Gordon Graham Gray Green Griffin Gupta Hall Hamilton Hansen
+    Harris Hart Hayes Hill Hoffman Holmes Howard Hughes Hunter Ibrahim Ivanov Jackson Jensen Johnson Jones Kane Keller Kelly Kennedy
+    Khan King Klein Knight Koch Kumar Lambert Lane Lawson Lee Lewis Lin Lopez Marino Marshall Martin Mason Meyer Miller Mitchell Moore
+    Morgan Morris Nelson Newman Nguyen Novak Obrien Ortiz Osman Owens Page Palmer Parker Patel Perez Perry Phillips Porter Powell
+    Price Reed Reyes Rivera Roberts Rogers Romano Rossi Russo Ryan Sanders Sato Schmidt Scott Shaw Silva Simpson Singh Smith Stewart
+    Stone Suzuki Tanaka Taylor Thompson Torres Tran Turner Underwood Valdez Volkov Walker Wallace Ward Watson White Wilson Wright Yang
+    Yilmaz Young Zhang"""),
+  items=(
+    "alarm clock", "armchair", "banjo", "bathrobe", "bird house", "blender", "bookshelf", "camping stove", "candle holder",
+    "coffee grinder", "desk lamp", "doormat", "electric kettle", "fish tank", "fountain pen", "garden gnome", "guitar", "hammock",
+    "jigsaw puzzle", "juicer", "kite", "ladder", "lava lamp", "magnifying glass", "mirror", "music box", "paddling pool", "pasta maker",
+    "picnic basket", "pillow", "raincoat", "rocking horse", "rug", "sewing machine", "shower curtain", "sleeping bag", "suitcase",
+    "teapot", "telescope", "tent", "toaster", "umbrella", "vase", "waffle iron", "wall clock", "wool hat", "wheelbarrow", "yoga mat",
+  ),
+  hello=lines("""
+    Hi,
+    Hello,
+    Hi there,
+    Dear team,
+    Good morning,
+    Dear Sir or Madam,
+    Hello support,
+    Good evening,"""),
+  bye=lines("""
+    Thanks,
+    Best,
+    Kind regards,
+    Thank you,
+    Cheers,
+    Many thanks,
+    Yours,
+    Sincerely,"""),
+  chat=lines("""
+    My cat is furious.
+    It has rained here for 3 weeks.
+    I love your shop.
+    I have been a customer since 2009.
+    My friend Bob says hello.
+    I am 82 and very patient.
+    The neighbours are talking.
+    I write from a train.
+    My boss, Mr. Dupont, is watching.
+    You have 2 days.
+    No hurry at all.
+    I had 4 coffees and no sleep.
+    Please be kind, it is Monday.
+    My 6 children are crying.
+    Last time Doris helped me.
+    Nice website, by the way."""),
+  layouts=(
+    "{hello}\n{ask} My order is {order}.\n{name}",
+    "{ask} Order {order}. {bye} {name}",
+    "{hello} this is {name}. {ask} Order number {order}.",
+    "Order {order}: {ask}\n{bye}\n{name}",
+    "I am {name} and my order is {order}. {ask}",
+    "{hello} about order {order}. {chat} {ask} {bye} {name}",
+    "Name: {name}\nOrder: {order}\n{ask}",
+    "{ask} {chat}\n{name}, order {order}",
+    "Subject: order {order}\n{hello} {ask}\n- {name}",
+    "{name} here. {ask} {chat} It is order {order}.",
+    "{hello} {ask} You will find it under {order}. {chat} {bye} {name}",
+    "From: {name}\n{chat} {ask} (No. {order})",
+    "{chat} {ask} Order: {order}, customer: {name}",
+    "{hello} {chat} I ordered as {name}. {ask} {bye} your customer {order}",
+    "Customer {name} writes: {ask} Order no. {order}",
+    "{hello} {ask} Signed, {name}, order {order}",
+    "{order}\n{ask}\n{name}",
+    "{name}: {ask} {order}",
+    "{ask} {bye} {name}\nOrder ID {order}",
+    "Ticket for {name}, order {order}: {ask}",
+    "Account: {name} | {ask} | Order: {order}",
+    "{ask} {chat} People call me {name}, you call me {order}.",
+  ),
+  ask=dict(
+    refund=lines("""
+      Please refund the {item}.
+      I want my money back for the {item}.
+      The {item} broke on day one, so return what I paid.
+      The {item} leaks. Please reimburse me.
+      Can you send the payment for the {item} back to my card?
+      I sent the {item} back and the money is still not in my account.
+      I was charged twice for the {item}; please pay one back.
+      The {item} smells of fish. Refund, please.
+      I will not pay for a {item} that never worked. Money back!
+      Would you credit my account for the {item}? It fell apart.
+      The {item} looks nothing like the photo, I expect a full refund.
+      Half of the {item} was missing, so I would like to be paid back.
+      My {item} died after 2 hours. Give me back my 40 euros.
+      I returned the {item} on Monday. When do I see my cash?
+      You charged too much for the {item}: please return the difference.
+      The {item} is awful; undo the charge on my card.
+      Could you pay me back for the {item}?
+      The {item} was a gift that failed; where do I get my money?
+      You promised me 25 euros for the {item} a week ago. Still nothing.
+      I am unhappy with the {item} and ask for the full price again.
+      The {item} arrived rotten. I expect the purchase price back.
+      Please let me have the money for the {item}, it was not as described.
+      The {item} cost me 60 dollars and lasted an hour. Repay it.
+      My bank shows two payments for the {item}. One should come back to me.
+      The {item} scared my horse. I send it back and get my money, right?
+      Is a refund possible for a {item} that squeaks?
+      I claim the amount paid for the {item}, as it was faulty.
+      The discount on the {item} was not applied, so give me the 10 euros back."""),
+    exchange=lines("""
+      The {item} is too small, please swap it for a bigger one.
+      Could I exchange the {item} for the red one?
+      You sent the wrong {item}; please replace it.
+      I would like to trade the {item} for another model.
+      The {item} came in green and I wanted blue. Can we swap?
+      Please send a replacement for the broken {item}.
+      My {item} has a crack. A new one, please.
+      The {item} does not fit; may I have a larger size instead?
+      I would rather have the {item} in black. Can I change it?
+      The {item} arrived in pieces, send me another.
+      Wrong colour! I need the {item} in yellow instead.
+      The {item} hums all night. Please give me a different one.
+      Can I return the {item} and get the other version?
+      A part of the {item} is missing, please ship a fresh one.
+      I got a {item} for left hands. Exchange it for a right-handed one?
+      The {item} is dented; I want one without dents.
+      Please change my {item} for a lighter one.
+      The {item} stopped working, and I want a new {item} under warranty.
+      This is not the {item} I picked. Please send the right one.
+      Can you swap my {item} for the round model?
+      The zip of the {item} is stuck. May I have another {item}?
+      I ordered a big {item} and got a tiny one; please correct that.
+      My {item} was broken in the box. Could you send it again?
+      I prefer the silver {item} over this gold one. Could we trade?
+      Is there a {item} without holes that I could have for mine?
+      The {item} is for adults and my son is 5. Replace it with the small version?
+      Please take back this {item} and give me one that closes.
+      One leg of the {item} is short. Send a good one."""),
+    tracking=lines("""
+      Where is my {item}?
+      The {item} has not arrived yet.
+      When will the {item} be delivered?
+      I am still waiting for the {item}.
+      Can you tell me where the parcel with the {item} is?
+      The tracking page for my {item} has not moved since Monday.
+      It has been 3 weeks and there is no {item} at my door.
+      The courier says the {item} was delivered, but I have nothing.
+      Has the {item} been shipped?
+      My {item} seems lost in the mail.
+      Do you know which day the {item} comes?
+      The {item} was due on Friday. Any news of it?
+      Please send me the tracking number of the {item}.
+      The {item} is late, and the party is tomorrow.
+      Is the {item} on its way?
+      The driver left no {item} and no note. Where did it go?
+      Any idea when the {item} gets here?
+      I have been looking out of the window for the {item} all week.
+      My {item} left your shop 9 days ago. Where is it now?
+      Status of my {item}, please.
+      Could you check the delivery of the {item}?
+      Nobody has brought the {item} so far.
+      The map shows my {item} at sea. Is that right?
+      Will the {item} come today or tomorrow?
+      The {item} should be here by now.
+      Customs has had my {item} for a month. What is going on?
+      My {item} was promised for Tuesday; how much longer?
+      I paid for express, and yet the {item} is nowhere to be seen."""),
+    cancel=lines("""
+      Please cancel the {item}.
+      I no longer need the {item}, do not send it.
+      I ordered the {item} by mistake. Please stop the order.
+      I changed my mind about the {item}; call it off.
+      Can I still cancel the {item} before it ships?
+      My dog ordered the {item}. Undo that order, please.
+      Please do not ship the {item}.
+      Take the {item} off my order, I do not want it any more.
+      I found a {item} in the attic, so drop the order.
+      Stop! I clicked on the {item} twice. Delete this order.
+      Cancellation of the {item}, please, before it leaves.
+      We move to a boat, no room for the {item}. Please cancel.
+      Forget the {item}, my wife already has one.
+      I want to withdraw my order of the {item}.
+      Do not pack the {item}: the wedding is off.
+      Please scrap the order, I will not need the {item}.
+      Can you remove the {item} from my order list?
+      I am no longer interested in the {item}. Please end the order.
+      Please do not send me the {item} after all.
+      The {item} is too expensive for me; cancel it before you charge me.
+      I got the {item} as a present yesterday, so stop the delivery.
+      I take back my order for the {item}.
+      Kill the order of the {item}, please, nothing has shipped.
+      We will not be needing the {item}. Please undo it.
+      Could you halt the {item} before anybody packs it?
+      The {item} was ordered in anger. I regret it, please cancel.
+      Please ignore my order for the {item}.
+      I decided against the {item}. Stop the shipment."""),
+    invoice=lines("""
+      Please send me the invoice for the {item}.
+      I need a receipt for the {item}.
+      Could I get the bill for the {item} as a PDF?
+      My accountant wants the paperwork for the {item}.
+      The invoice of the {item} shows the wrong company name.
+      I lost the receipt for the {item}, please mail a copy.
+      There was no bill in the box with the {item}.
+      For tax reasons I need the invoice for the {item}.
+      Can you print the VAT number on the bill for the {item}?
+      The {item} is for work: please make the invoice out to my firm.
+      Please mail the proof of purchase for the {item}.
+      The date on the receipt for the {item} is wrong.
+      My boss will only pay for the {item} with an invoice in hand.
+      Where can I download the bill of the {item}?
+      An invoice, please! The {item} goes on expenses.
+      Send a second copy of the bill for the {item}.
+      I cannot find the bill for the {item}. Could you send it again?
+      Please put my tax number on the receipt for the {item}.
+      Customs wants to see an invoice for the {item}.
+      May I have a written bill for the {item}?
+      I need papers that show what the {item} cost.
+      My insurance asks for the receipt of the {item}.
+      You forgot the invoice when you sent the {item}.
+      The name on the bill for the {item} has a typo: please fix it.
+      I have to book the {item} in our accounts. Where is the document?
+      Could the invoice for the {item} be in English?
+      Please e-mail the billing statement for the {item}.
+      The club pays for the {item}, but the treasurer wants a receipt."""),
+  ),
+)

@@ -1,0 +1,114 @@
+"""Orbax checkpoints of everything that decides the next step: trainable, optimiser, aux, rng, data iterator, and the base's identity."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from jaxsft.errors import UserError
+
+logging.getLogger("absl").setLevel(logging.ERROR)     # Orbax tells every step of a save
+
+
+def storable(tree) -> dict[str, jax.Array]:
+  """The leaves by path, uint4 viewed as int4: Orbax refuses uint4 (in the background, leaving no step), and a flat dict needs no types to restore."""
+  view = lambda x: jax.lax.bitcast_convert_type(x, jnp.int4) if x.dtype == jnp.uint4 else x
+  return {_name(path): view(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _name(path) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _abstract(tree) -> dict[str, jax.ShapeDtypeStruct]:
+  narrow = lambda dtype: jnp.int4 if dtype == jnp.uint4 else dtype
+  return {_name(path): jax.ShapeDtypeStruct(leaf.shape, narrow(leaf.dtype), sharding=leaf.sharding)
+          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _refill(tree, leaves):
+  view = lambda x, like: jax.lax.bitcast_convert_type(x, jnp.uint4) if like.dtype == jnp.uint4 else x
+  return jax.tree_util.tree_map_with_path(lambda path, like: view(leaves[_name(path)], like), tree)
+
+
+class Checkpoints:
+  """The folder DIR/checkpoints: asynchronous saves, the newest `keep` and, with keep_best, the one of lowest evaluation loss."""
+
+  def __init__(self, directory, keep: int = 2, keep_best: bool = True, read_only: bool = False):
+    policy = checkpoint_managers.preservation_policy
+    kept = [policy.LatestN(max(1, keep))]
+    if keep_best:
+      kept.append(policy.BestN(get_metric_fn=lambda metrics: metrics["eval_loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False))
+    self.directory = pathlib.Path(directory).absolute()
+    self._manager = ocp.CheckpointManager(
+        self.directory, options=ocp.CheckpointManagerOptions(preservation_policy=policy.AnyPreservationPolicy(kept), create=not read_only,
+                                                            read_only=read_only, cleanup_tmp_directories=not read_only))
+
+  def steps(self) -> list[int]:
+    """Complete checkpoints, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, step: int, state, data: dict[str, Any], meta: dict[str, Any], eval_loss: float | None = None):
+    """Starts a save; returns once the arrays are copied, so that they may be donated. A failed earlier save is raised here.
+
+    Errors: UserError when the disk is full; the previous checkpoint stays good, for a step exists only when it is whole.
+    """
+    leaves = storable(state)
+    self._check_disk(sum(leaf.nbytes for leaf in leaves.values()))
+    with self._disk_errors():
+      self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(leaves), data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta)),
+                         metrics=None if eval_loss is None else {"eval_loss": float(eval_loss)}, force=True)
+
+  def wait(self):
+    """Until the save under way is on disk; raises what went wrong with it."""
+    with self._disk_errors():
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+
+  def restore(self, step: int, like):
+    """(state like `like` in structure, dtypes and shardings, data, meta) of one step."""
+    items = self._manager.restore(step, args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(_abstract(like)), data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()))
+    return _refill(like, items["state"]), items["data"], items["meta"]
+
+  def meta(self, step: int) -> dict[str, Any]:
+    """The meta of one step, without its arrays."""
+    return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+  def read(self, step: int, prefix: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
+    """(leaves as they were saved whose path begins with `prefix`, as numpy on the host; meta): for tools that know no training state."""
+    folder = self.directory / str(step) / "state"
+    handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())  # a fresh manager has no metadata of an item that it never saved
+    saved = dict(handler.metadata(folder).item_metadata.tree)
+    target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in saved.items() if name.startswith(prefix)}
+    how = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in target}
+    leaves = handler.restore(folder, args=ocp.args.PyTreeRestore(item=target, restore_args=how, partial_restore=True)) if target else {}
+    return leaves, self.meta(step)
+
+  def close(self):
+    self._manager.close()
+
+  def _check_disk(self, needed: int):
+    free = shutil.disk_usage(self.directory).free
+    if free < needed * 1.05:
+      raise UserError(f"{self.directory} has {free / 1e6:.0f} MB free and a checkpoint takes {needed / 1e6:.0f} MB (earlier checkpoints are whole)",
+                      wanted="free disk space", knob="--workdir to a larger disk, or checkpoint.keep lower")
+
+  @contextlib.contextmanager
+  def _disk_errors(self):
+    try:
+      yield
+    except Exception as error:            # tensorstore raises ValueError, the file system OSError, Orbax wraps either
+      if any(word in str(error).lower() for word in ("no space", "disk quota", "enospc", "file too large", "resource_exhausted", "resource exhausted")):
+        raise UserError(f"the disk of {self.directory} is full: the checkpoint could not be written (earlier checkpoints are whole)",
+                        wanted="free disk space", knob="--workdir to a larger disk, or checkpoint.keep lower") from error
+      raise

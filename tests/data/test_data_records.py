@@ -1,0 +1,85 @@
+"""Reading records: where each came from, and what a user is told about a file that cannot be read."""
+
+import gzip
+import json
+import types
+
+import pytest
+
+from jaxsft.data.records import read_records
+from jaxsft.errors import UserError
+
+A, B = {"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}
+
+
+def source(path, rows=0):
+  return types.SimpleNamespace(path=str(path), format="auto", split="train", revision="", rows=rows)
+
+
+def test_every_container_gives_the_same_records(tmp_path):
+  import pyarrow
+  import pyarrow.parquet
+  (tmp_path / "list.json").write_text(json.dumps([A, B]))
+  (tmp_path / "data.json").write_text(json.dumps({"data": [A, B]}))
+  (tmp_path / "lines.json").write_text(json.dumps(A) + "\n" + json.dumps(B))
+  (tmp_path / "lines.jsonl").write_text("\ufeff" + json.dumps(A) + "\r\n\r\n" + json.dumps(B) + "\r\n")
+  (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress(json.dumps(A).encode() + b"\n" + json.dumps(B).encode()))
+  pyarrow.parquet.write_table(pyarrow.Table.from_pylist([A, B]), tmp_path / "table.parquet")
+  for file in sorted(tmp_path.iterdir()):
+    records = read_records(source(file))
+    assert [records[i] for i in range(len(records))] == [A, B], file
+    assert len(read_records(source(file, rows=1))) == 1
+  assert read_records(source(tmp_path / "lines.jsonl")).where(1) == "lines.jsonl:3"      # the blank line counts
+  assert read_records(source(tmp_path / "list.json")).where(1) == "list.json:2"
+  assert len(read_records(source(tmp_path))) == len(read_records(source(tmp_path / "*"))) == 12
+
+
+def test_line_separators_inside_a_string_do_not_end_a_line(tmp_path):
+  (tmp_path / "a.jsonl").write_text('{"question": "a\u2028b\x85", "answer": "c"}\n', encoding="utf-8")
+  assert read_records(source(tmp_path / "a.jsonl"))[0]["question"] == "a\u2028b\x85"
+
+
+def test_provenance_over_several_files(tmp_path):
+  (tmp_path / "1.jsonl").write_text(json.dumps(A) + "\n" + json.dumps(B))
+  (tmp_path / "2.jsonl").write_text("\n" + json.dumps(A))
+  (tmp_path / "LICENSE").write_text("text")
+  records = read_records(source(tmp_path))
+  assert [records.where(i) for i in range(3)] == ["1.jsonl:1", "1.jsonl:2", "2.jsonl:2"]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("none.jsonl", None, r"none.jsonl does not exist; wanted a file.*set data.train.path"),
+    ("a/b/c", None, r"a/b/c does not exist.*set data.train.path"),
+    ("empty.jsonl", "\n", r"empty.jsonl is empty; wanted at least one record; set data.train.path"),
+    ("empty.json", "", r"empty.json is empty"),
+    ("nothing.json", "[]", r"nothing.json is empty"),
+    ("bad.jsonl", '{"a": 1}\n\n{"a": \n', r"bad.jsonl:3: broken JSON \(.*\); wanted one JSON object a line; set data.train.path"),
+    ("bad.json", '[{"a": 1},\n {"a": ]', r"bad.json:2: broken JSON"),
+    ("list.jsonl", "[1]", r"list.jsonl:1: the record is a list"),
+    ("numbers.json", "[1, 2]", r"numbers.json:1: the record is a int"),
+    ("notes.txt", "x", r"notes.txt has an unknown extension; wanted one of .json, .jsonl"),
+    ("bad.parquet", "x", r"bad.parquet is no readable Parquet file"),
+])
+def test_what_the_user_is_told(tmp_path, name, content, message):
+  if content is not None:
+    (tmp_path / name).write_text(content)
+  with pytest.raises(UserError, match=message) as caught:
+    read_records(source(tmp_path / name))
+  assert "\n" not in str(caught.value)
+
+
+def test_other_bad_places(tmp_path):
+  with pytest.raises(UserError, match="holds no data file"):
+    read_records(source(tmp_path))
+  (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xe9"}')
+  with pytest.raises(UserError, match="latin.jsonl cannot be read.*UTF-8"):
+    read_records(source(tmp_path / "latin.jsonl"))
+  with pytest.raises(UserError, match="no path of training data.*data.train.path"):
+    read_records(source(""))
+  with pytest.raises(UserError, match="nobody/nothing is no file here, and as a hub id it failed.*data.eval.path"):
+    read_records(source("nobody/nothing"), "data.eval.path")
+
+
+def test_real_files(shared):
+  for name, count in (("gsm8k/train.jsonl", 7473), ("fastchat_dummy/dummy_conversation.json", 500), ("hh_rlhf/test.jsonl.gz", 2312)):
+    assert len(read_records(source(shared / "data" / name))) == count
