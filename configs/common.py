@@ -47,13 +47,12 @@ def base() -> ConfigDict:
       length=2048, pack=True,
       train_on="assistant",         # assistant | all
       long_rows="drop",             # drop | truncate | error
-      shards=0,                     # virtual shards that fix the order whatever the hosts; 0: from the set's size
       workers=0))                   # processes that tokenise; 0: in this one
   c.lora = ConfigDict(dict(rank=0, alpha=32.0, dropout=0.0, targets=ALL_LINEAR, rslora=False))   # rank 0: no adapter
   c.nf4 = ConfigDict(dict(targets="", double_quant=True))                                        # "" : not quantised
   c.freeze = ""                     # regex of leaves that full fine-tuning leaves alone
   c.neftune = ConfigDict(dict(alpha=0.0, length="segment"))                                      # length: segment | row
-  c.method = ConfigDict(dict(name="sft"))
+  c.method = ConfigDict(dict(name="sft", beta=0.1))                                              # beta: dpo
   c.loss_chunk = 1024               # tokens whose logits exist at the same time
   c.optim = ConfigDict(dict(
       name="adamw", learning_rate=2e-4,
@@ -87,4 +86,14 @@ def lora(c: ConfigDict) -> ConfigDict:
 def full(c: ConfigDict) -> ConfigDict:
   """Every parameter trained, float32 master weights, 1e-5."""
   c.lora.rank, c.optim.learning_rate, c.model.base_dtype = 0, 1e-5, "float32"
+  return c
+
+
+def smoke(c: ConfigDict) -> ConfigDict:
+  """The same graph on a tiny random model and the repository's own data: a CPU runs it in under a minute."""
+  c.model.path, c.data.tokenizer, c.data.train.path, c.data.eval.path = "", "bytes", "demo/tickets_train.jsonl", "demo/tickets_eval.jsonl"
+  c.model.shape = ConfigDict(dict(model_type="llama", vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                                  num_key_value_heads=2, max_position_embeddings=4096))
+  c.data.template, c.data.length, c.batch_size, c.micro_batches, c.steps, c.epochs = "tokenizer", 512, 8, 2, 6, 0.0
+  c.eval.every, c.eval.rows, c.checkpoint.every, c.log.every = 3, 8, 3, 1
   return c

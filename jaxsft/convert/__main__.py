@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
   out.add_argument("--to", choices=("hf", "peft", "orbax"), help="default: peft for adapters without --merge, else hf")
   out.add_argument("--merge", action="store_true", help="add the adapter to its base")
   out.add_argument("--base-weights", choices=("nf4", "original"),
-                   help="what to merge into: the dequantised NF4 weights (default for a QLoRA run, which trained on them), or the stored ones")
+                   help="what to merge into: the dequantised NF4 weights (default for a QLoRA run, which trained on them), or those stored")
   out.add_argument("--base", default="", help="where the base lies now, when it was moved")
   out.add_argument("--step", type=int, help="which checkpoint; default the newest")
   out.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of the written model")

@@ -9,12 +9,15 @@ rows
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import tempfile
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from jaxsft.batch import FIELDS, ROW_IDS, padding_row
 from jaxsft.data.examples import Examples, prepare, select
@@ -81,11 +84,25 @@ class Stream:
     return self
 
   def __next__(self) -> dict[str, np.ndarray]:
-    if self._iterator is None:
-      self._iterator = self._open()
-    batch = next(self._iterator)
+    with _interrupts_held() if self._iterator is None and self.workers else contextlib.nullcontext():
+      batch = self._take()
     self._batch += 1
     return batch
+
+  def _take(self) -> dict[str, np.ndarray]:
+    if self._iterator is None:
+      self._iterator = self._open()
+    try:
+      return next(self._iterator)
+    except RuntimeError as error:
+      if not self.workers:
+        raise
+      # a worker was killed (no memory, a signal to the whole group): any process can make any row, so this one goes on
+      logging.warning("a data worker died (%s); going on without worker processes", str(error).splitlines()[0])
+      self._stop()
+      self.workers = 0
+      self._iterator = self._open()
+      return next(self._iterator)
 
   def state(self) -> dict[str, int]:
     return {"row": self._batch * self.batch_size}
@@ -121,11 +138,22 @@ class Stream:
       self.examples.spill(self._folder.name)
     rows = grain.MapDataset.source(self.source).slice(slice(self._batch * self.local_size, None))
     batches = rows.batch(self.local_size, drop_remainder=True).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    if self.workers:
-      if not flags.FLAGS.is_parsed():       # grain's workers read absl flags; outside absl.app.run nobody has parsed them
-        flags.FLAGS.mark_as_parsed()
-      batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=2))
-    return iter(batches)
+    if not self.workers:
+      return iter(batches)
+    if not flags.FLAGS.is_parsed():         # grain's workers read absl flags; outside absl.app.run nobody has parsed them
+      flags.FLAGS.mark_as_parsed()
+    return iter(batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=2)))
+
+
+@contextlib.contextmanager
+def _interrupts_held():
+  """Blocks SIGINT: worker processes that start inside inherit it. Ctrl-C is for the process that saves, which gets it at the end."""
+  resource_tracker.ensure_running()         # its own start would lift the block
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _check_batch(batch_size: int, hosts: int) -> None:

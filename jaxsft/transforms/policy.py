@@ -23,11 +23,13 @@ class Policy(NamedTuple):
   split(params, key) -> (trainable, frozen)
   hidden(trainable, frozen, batch, row_seeds_B=None) -> (hidden_BTD, head_DV)        row seeds arm dropout and NEFTune; without: exact
   token_nll(trainable, frozen, batch, row_seeds_B=None) -> (nll_BT, weights_BT)      of the next token, aligned, weight 0 where nothing is learned
+  params(trainable, frozen) -> the whole tree that the decoder reads, as trained: for generation
   reference(trainable) -> what `trainable` must be for the model as it was at the start: None with adapters, else a copy
   """
   split: Callable
   hidden: Callable
   token_nll: Callable
+  params: Callable
   reference: Callable
 
 
@@ -47,7 +49,7 @@ def make_policy(c, forward, output_kernel, rows_on_a_device: Callable[[int], int
     labels_BT, weights_BT = next_token_targets(batch)
     chunk = max(1, c.loss_chunk // rows_on_a_device(labels_BT.shape[0]))
     return token_nll(hidden_BTD, head_DV, labels_BT, chunk, mode.head_trained(trainable)), weights_BT
-  return Policy(mode.split, hidden, nll, mode.reference)
+  return Policy(mode.split, hidden, nll, lambda trainable, frozen: mode.join(trainable, frozen, None), mode.reference)
 
 
 def row_seeds(state, batch):

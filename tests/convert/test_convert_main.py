@@ -122,7 +122,8 @@ def test_an_adapter_run_to_peft(adapter_run, tmp_path, capsys, base):
   assert (report["to"], report["step"], report["dtype"]) == ("peft", 2, "float32")
   theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
   module = theirs.base_model.model.model.layers[1].mlp.down_proj
-  np.testing.assert_array_equal(module.lora_A["default"].weight.detach().numpy(), adapters["layers"]["mlp"]["down_proj"]["kernel"]["a"][1].T)
+  ours = adapters["layers"]["mlp"]["down_proj"]["kernel"]["a"][1]
+  np.testing.assert_array_equal(module.lora_A["default"].weight.detach().numpy(), ours.T)
   assert module.scaling["default"] == 4.0
   assert open_source(base).identity["sha256"] == json.loads((tmp_path / "adapter/jaxsft.json").read_text())["base"]["sha256"]
   merged = convert(capsys, tmp_path / "adapter", tmp_path / "from_peft", "--merge")

@@ -38,7 +38,8 @@ def qwen_fields(folder):
     types.append(3 if added[i]["special"] else 4)
   merges = [line for line in (folder / "merges.txt").read_text(encoding="utf-8").split("\n") if line and not line.startswith("#version")]
   return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.tokens": tokens,
-          "tokenizer.ggml.token_type": types, "tokenizer.ggml.merges": merges, "tokenizer.ggml.eos_token_id": tokens.index("<|im_end|>"), "tokenizer.ggml.add_bos_token": False}
+          "tokenizer.ggml.token_type": types, "tokenizer.ggml.merges": merges,
+          "tokenizer.ggml.eos_token_id": tokens.index("<|im_end|>"), "tokenizer.ggml.add_bos_token": False}
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def test_golden_bins(golden, algorithm):
 def test_golden_bfd_order_of_equal_rooms():
   """First in, first out among rows of equal room: TRL's rule, which no golden multiset shows."""
   assert pack_rows([6, 6, 4, 4], 10) == [[0, 2], [1, 3]]
-  assert pack_rows([1] * 100, 100) == [list(range(100))]
+  assert pack_rows([2, 1] * 100, 2) == [[i] for i in range(0, 200, 2)] + [[i, i + 2] for i in range(1, 200, 4)]
 
 
 def test_golden_efficiency(golden):

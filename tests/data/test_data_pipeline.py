@@ -2,9 +2,13 @@
 
 import ast
 import json
+import multiprocessing
+import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -126,7 +130,14 @@ def test_worker_processes_change_nothing_and_restore_crosses_counts(made, data_s
   stream = stream_of(made, data_settings, workers=2)
   folder = None
   try:
-    assert all(same(a, b) for a, b in zip(straight, take(stream, 25)))
+    assert all(same(a, b) for a, b in zip(straight, take(stream, 15)))
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+      os.kill(worker.pid, signal.SIGINT)                    # Ctrl-C reaches the whole group; only the main process heeds it
+    time.sleep(0.2)
+    assert all(worker.is_alive() for worker in workers)
+    assert all(same(a, b) for a, b in zip(straight[15:], take(stream, 10)))
     state = json.loads(json.dumps(stream.state()))
     folder = pathlib.Path(stream._folder.name)
     assert folder.is_dir()
@@ -140,6 +151,19 @@ def test_worker_processes_change_nothing_and_restore_crosses_counts(made, data_s
     for want in straight[25:]:
       got = [next(part) for part in parts]
       assert same(want, {k: np.concatenate([g[k] for g in got]) for k in want})
+
+
+def test_a_killed_worker_does_not_end_the_run(made, data_settings, caplog):
+  straight = take(stream_of(made, data_settings), 40)
+  stream = stream_of(made, data_settings, workers=1)
+  try:
+    assert same(next(stream), straight[0])
+    for worker in multiprocessing.active_children():
+      worker.kill()
+    assert all(same(a, b) for a, b in zip(straight[1:], take(stream, 39)))
+  finally:
+    stream.close()
+  assert "a data worker died" in caplog.text
 
 
 def test_restore_at_any_batch(made, data_settings):

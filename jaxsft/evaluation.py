@@ -1,0 +1,54 @@
+"""Held-out loss and sample generations during training (benchmarks are the eval binary's)."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+
+from jaxsft import sharding
+
+
+class Evaluation:
+  """The evaluation set and its compiled function: sums over all batches, one division, perplexity."""
+
+  def __init__(self, method, batches, mesh):
+    self._evaluate = jax.jit(method.evaluate, out_shardings=sharding.replicated(mesh))
+    self._where, self.batches = sharding.batch_sharding(mesh, micro_batched=False), batches
+
+  def sums(self, state, frozen, batch) -> dict:
+    """{name: (sum, count)} of one host batch, as floats."""
+    return {name: tuple(map(float, pair)) for name, pair in self._evaluate(state, frozen, sharding.place_batch(batch, self._where)).items()}
+
+  def run(self, state, frozen) -> dict:
+    """{"eval_loss": ..., "eval_perplexity": ...}; empty without an evaluation set."""
+    totals: dict[str, list[float]] = {}
+    for batch in self.batches:
+      for name, (value, count) in self.sums(state, frozen, batch).items():
+        total = totals.setdefault(name, [0.0, 0.0])
+        total[0] += value
+        total[1] += count
+    report = {f"eval_{name}": value / max(count, 1.0) for name, (value, count) in totals.items()}
+    if "eval_loss" in report:
+      report["eval_perplexity"] = math.exp(min(report["eval_loss"], 700.0))
+    return report
+
+
+class Samples:
+  """Answers of the model as it is to c.sample.prompts, with each evaluation."""
+
+  def __init__(self, c, cfg, template, tokenizer):
+    from jaxsft.generate import make_generator
+    self._c, self._tokenizer, self._stop = c, tokenizer, (template.end_of_turn_id,)
+    self._generator = make_generator(cfg, c.model.dtype)
+    self._prompts = [self._encode(template, prompt) for prompt in c.sample.prompts]
+
+  def _encode(self, template, prompt):
+    from jaxsft.data.tokenise import encode_prompt
+    return encode_prompt([{"role": "user", "content": prompt}], template, self._tokenizer)
+
+  def run(self, params) -> list[dict]:
+    """[{"prompt", "answer"}] in the order of the config."""
+    answers = self._generator.generate(params, self._prompts, max_new_tokens=self._c.sample.max_new_tokens, stop_ids=self._stop,
+                                       temperature=self._c.sample.temperature, seed=self._c.seed)
+    return [{"prompt": prompt, "answer": self._tokenizer.decode(answer, skip_special_tokens=True)} for prompt, answer in zip(self._c.sample.prompts, answers)]
