@@ -87,6 +87,25 @@ TRAIN = Material(
     "{ask} {bye} {name}\nOrder ID {order}",
     "Ticket for {name}, order {order}: {ask}",
     "Account: {name} | {ask} | Order: {order}",
+    "{hello} {chat} {ask} In your books I am {name}, number {order}.",
+    "{hello} {order} is mine, {name}. {ask}",
+    "Order {order}, customer {name}. {hello} {ask}",
+    "{name}, {order}. {hello} {ask}",
+    "{hello} {ask} (registered to {name}, order {order})",
+    "{hello} greetings from {name}! {ask} Reference {order}.",
+    "{ask} {chat} Booked by {name} as {order}.",
+    "{name} ({order}): {ask}",
+    "[{order}] {hello} {ask} / {name}",
+    "{hello} it is {name} again. Order {order}. {ask}",
+    "{ask} {bye} {name} ({order})",
+    "To: support\nFrom: {name}\nOrder: {order}\n{hello} {ask}",
+    "{ask} Placed under {order} by {name}.",
+    "{hello} for order {order} placed by {name}: {ask} {bye}",
+    "{order} - {hello} {ask} {bye} {name}",
+    "Written by {name}. {chat} {ask} [{order}]",
+    "Question on {order} from {name}. {hello} {ask}",
+    "{hello} I, {name}, have a request. {ask} Order: {order}",
+    "{name} | {order} | {hello} {ask}",
     "{ask} {chat} People call me {name}, you call me {order}.",
   ),
   ask=dict(
@@ -118,7 +137,19 @@ TRAIN = Material(
       The {item} scared my horse. I send it back and get my money, right?
       Is a refund possible for a {item} that squeaks?
       I claim the amount paid for the {item}, as it was faulty.
-      The discount on the {item} was not applied, so give me the 10 euros back."""),
+      The discount on the {item} was not applied, so give me the 10 euros back.
+      The {item} is rubbish. I would like to get reimbursed.
+      Kindly transfer the sum for the {item} to my bank account.
+      I paid for a {item} that is full of holes. Please repay me.
+      Give me my money for the {item}, it burnt my table.
+      When will the cash for my returned {item} arrive?
+      I was billed two times for one {item}, so refund one of them.
+      The {item} is faulty and I want compensation, not another one.
+      What I spent on the {item} should go back to my wallet.
+      How do I get reimbursed for the {item}? It melted.
+      The {item} made us laugh, then cry. Money back, please.
+      My card was debited for a {item} I never ordered. Please pay it back.
+      I expect repayment for the {item}: it turned my bath green."""),
     exchange=lines("""
       The {item} is too small, please swap it for a bigger one.
       Could I exchange the {item} for the red one?
@@ -147,7 +178,19 @@ TRAIN = Material(
       Is there a {item} without holes that I could have for mine?
       The {item} is for adults and my son is 5. Replace it with the small version?
       Please take back this {item} and give me one that closes.
-      One leg of the {item} is short. Send a good one."""),
+      One leg of the {item} is short. Send a good one.
+      I need the {item} one size larger, please switch mine.
+      The {item} is the wrong model. What about an exchange?
+      Please ship me a working {item} in return for this dead one.
+      My wife wants the blue {item}, you sent a pink one. Swap?
+      The {item} is scratched. I would take another copy.
+      A screw fell out of the {item}; please send me a sound one.
+      I chose size M for the {item}, but it should be L. Can you change it?
+      Please replace the {item}, the handle came off.
+      The {item} makes odd noises. I would like a new {item}.
+      Could you send the white {item} and collect the brown one?
+      You delivered a {item} for children. I need one for grown-ups.
+      The glass of my {item} is broken; a replacement, please."""),
     tracking=lines("""
       Where is my {item}?
       The {item} has not arrived yet.
@@ -176,7 +219,19 @@ TRAIN = Material(
       The {item} should be here by now.
       Customs has had my {item} for a month. What is going on?
       My {item} was promised for Tuesday; how much longer?
-      I paid for express, and yet the {item} is nowhere to be seen."""),
+      I paid for express, and yet the {item} is nowhere to be seen.
+      The {item} is still not here after 12 days.
+      What has become of the parcel with my {item}?
+      On what date will my {item} reach me?
+      I think the {item} is stuck somewhere. Can you look?
+      Everybody has a parcel but me: no sign of my {item}.
+      How long does the {item} still take?
+      Did you send the {item} yet?
+      The postman knows nothing about my {item}. Please find it.
+      The {item} never came.
+      I have waited 5 weeks for a {item}. When does it arrive?
+      The package with the {item} went to the wrong town. Where is it today?
+      Please let me know when the {item} is going to turn up."""),
     cancel=lines("""
       Please cancel the {item}.
       I no longer need the {item}, do not send it.
@@ -205,7 +260,19 @@ TRAIN = Material(
       Could you halt the {item} before anybody packs it?
       The {item} was ordered in anger. I regret it, please cancel.
       Please ignore my order for the {item}.
-      I decided against the {item}. Stop the shipment."""),
+      I decided against the {item}. Stop the shipment.
+      I do not want to buy the {item} any longer.
+      Please hold back the {item}, I have thought again.
+      Annul the purchase of the {item}, please.
+      My son ordered the {item} while I slept. Please call that off.
+      The {item} is not needed now, so keep it.
+      Is there time to cancel the {item}? I do not want it.
+      Please delete my purchase of the {item}.
+      I hit the button for the {item} with my elbow. Abort, please!
+      Could you void the order for the {item}?
+      Keep the {item} in your warehouse, I will not take it.
+      I must step back from buying the {item}; we are broke.
+      Please strike the {item} from my purchases."""),
     invoice=lines("""
       Please send me the invoice for the {item}.
       I need a receipt for the {item}.
@@ -234,6 +301,18 @@ TRAIN = Material(
       I have to book the {item} in our accounts. Where is the document?
       Could the invoice for the {item} be in English?
       Please e-mail the billing statement for the {item}.
-      The club pays for the {item}, but the treasurer wants a receipt."""),
+      The club pays for the {item}, but the treasurer wants a receipt.
+      The tax people want a paper about the {item}. Please send it.
+      The {item} came without a receipt; could you send one?
+      Our accountant has no document for the {item}.
+      I get the {item} paid by my company if I have the bill.
+      Please write a bill with VAT for the {item}.
+      A duplicate of the invoice for the {item}, please.
+      The address on the {item} invoice is wrong, please correct it.
+      I can deduct the {item} from my taxes. May I get the bill?
+      Could you confirm in writing what I paid for the {item}?
+      I need proof that I bought the {item}, with the price on it.
+      Our finance office needs the bill of the {item} by noon.
+      Kindly print me a receipt with the price of the {item}."""),
   ),
 )

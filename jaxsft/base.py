@@ -36,9 +36,12 @@ def open_base(c) -> Base:
   """
   source = open_source(c.model.path, c.model.revision) if c.model.path else None
   cfg = ModelConfig.from_hf(source.config if source else c.model.shape.to_dict(), c.model.path or "model.shape")
-  if not c.data.tokenizer and source is None:
+  if c.data.tokenizer:
+    tokenizer = load_tokenizer(c.data.tokenizer)
+  elif source:
+    tokenizer = source.tokenizer()
+  else:
     raise UserError("a random model has no tokenizer", wanted="a tokenizer ('bytes' is built in)", knob="data.tokenizer")
-  tokenizer = load_tokenizer(c.data.tokenizer) if c.data.tokenizer else source.tokenizer()
   check_tokenizer(tokenizer, cfg)
   return Base(cfg, source, tokenizer)
 
@@ -86,10 +89,10 @@ def _placed(path, leaf, mesh):
 
 def _stacked(path, layer_leaves, layers, mesh):
   """One [L, ...] leaf, filled in place on the device: the host holds one layer at a time."""
-  stack = None
+  stack: list[jax.Array] = []
   for number, leaf in enumerate(layer_leaves):
     parts, treedef = jax.tree.flatten(leaf)
-    if stack is None:
+    if not stack:
       abstract = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct((layers, *np.shape(x)), x.dtype) for x in parts])
       where = jax.tree.leaves(sharding.shardings(trees.unflatten({path: abstract}), mesh), is_leaf=lambda x: isinstance(x, NamedSharding))
       stack = [jnp.zeros(x.shape, x.dtype, device=s) for x, s in zip(jax.tree.leaves(abstract), where)]

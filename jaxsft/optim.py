@@ -50,7 +50,7 @@ def apply_updates(params, updates, key):
   """params + updates in float32; bfloat16 leaves are rounded stochastically, so that updates below half an ulp count on average."""
   leaves, treedef = jax.tree.flatten(params)
   keys = jax.random.split(key, len(leaves))
-  moved = [_round_like(p.astype(jnp.float32) + u.astype(jnp.float32), p.dtype, k) for p, u, k in zip(leaves, treedef.flatten_up_to(updates), keys)]
+  moved = [_round_like(p.astype(jnp.float32) + u.astype(jnp.float32), p.dtype, k) for p, u, k in zip(leaves, jax.tree.leaves(updates), keys)]
   return jax.tree.unflatten(treedef, moved)
 
 

@@ -131,7 +131,7 @@ class Loop:
     """Preflight, the steps that are left, summary."""
     c, steps = self.p.c, self.p.steps
     facts = self._preflight()
-    writers = [metrics.JsonLines(self.work.path / "metrics.jsonl", self.restored)]
+    writers: list[Any] = [metrics.JsonLines(self.work.path / "metrics.jsonl", self.restored)]
     writers += [metrics.TensorBoard(self.work.path / "tensorboard")] if c.log.tensorboard else []
     self.terminal = metrics.Terminal(self.restored, steps)
     self.writers = [*writers, self.terminal]
@@ -158,17 +158,21 @@ class Loop:
     self.clock = time.monotonic()
     for number in range(self.restored + 1, steps + 1):
       self._one(number)
-      due = lambda every: every and (number % every == 0 or number == steps)
-      if due(c.eval.every) or due(c.checkpoint.every) or self.stop_signal or number == steps:
+      evaluate = self._due(number, c.eval.every)
+      save = number == steps or self.stop_signal or self._due(number, c.checkpoint.every)
+      if evaluate or save:
         self._drain(0)
-        if due(c.eval.every):
+        if evaluate:
           self._evaluate(number)
-        if due(c.checkpoint.every) or self.stop_signal or number == steps:
+        if save:
           self._save(number)
         self.clock = time.monotonic()
       if self.stop_signal and number < steps:
         self.checkpoints.wait()
         raise Interrupted(f"{signal.Signals(self.stop_signal).name}: saved step {number} of {steps}; the same command goes on from there")
+
+  def _due(self, number: int, every: int) -> bool:
+    return bool(every) and (number % every == 0 or number == self.p.steps)
 
   def _one(self, number: int):
     drawn: list[dict] = []

@@ -104,7 +104,7 @@ def _convert_adapter(args, local) -> dict:
   out = {"to": to, "step": adapter.step, "parameters": _parameters(adapter.cfg)}
   if to == "peft":
     from jaxsft.convert.peft import write_peft
-    write_peft(args.destination, adapter.adapters, adapter.cfg, **adapter.lora, base=adapter.base.identity, nf4=adapter.nf4,
+    write_peft(args.destination, adapter.adapters, adapter.cfg, **adapter.lora, base=adapter.identity, nf4=adapter.nf4,
                end_of_turn_ids=adapter.end_of_turn_ids, tokenizer=_tokenizer(adapter), chat_template=adapter.chat_template,
                overwrite=args.overwrite)
     return out | {"dtype": "float32"}

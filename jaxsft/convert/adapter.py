@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import re
 from collections.abc import Iterator
@@ -20,11 +21,15 @@ from jaxsft.transforms import lora, nf4, tree
 
 @dataclasses.dataclass
 class Adapter:
-  """adapters: nested dict of float32 `a`, `b`. lora: rank, alpha, dropout, rslora. nf4: targets and double_quant of the base, or empty."""
+  """adapters: nested dict of float32 `a`, `b`. lora: rank, alpha, dropout, rslora. nf4: targets and double_quant of the base, or empty.
+
+  identity: of the base, which is opened when it is first needed, from `base_path` if that is given; UserError when it is another.
+  """
   path: pathlib.Path
   adapters: dict[str, Any]
   cfg: ModelConfig
-  base: Source
+  identity: dict[str, str]
+  base_path: str
   lora: dict[str, Any]
   nf4: dict[str, Any]
   meta: dict[str, Any] = dataclasses.field(default_factory=dict)   # of the run; empty for a peft directory
@@ -32,13 +37,18 @@ class Adapter:
   end_of_turn_ids: tuple[int, ...] = ()
   step: int | None = None
 
+  @functools.cached_property
+  def base(self) -> Source:
+    return _base(self.identity, self.base_path, self.path)
+
   @property
   def scale(self) -> float:
     return lora.scaling(self.lora["rank"], self.lora["alpha"], self.lora["rslora"])
 
   def tokenizer(self):
     """The run's tokenizer, else the base's."""
-    return orbax.run_tokenizer(self.path, self.meta) if self.meta.get("tokenizer") else self.base.tokenizer()
+    own = self.meta.get("tokenizer") or (self.path / "tokenizer").is_dir()
+    return orbax.run_tokenizer(self.path, self.meta) if own else self.base.tokenizer()
 
   def base_leaves(self, weights: str) -> Iterator[tuple[str, Any]]:
     """(path, read) of the base: "original" as stored, "nf4" as the quantised weights it was trained on stand for."""
@@ -72,10 +82,7 @@ def is_adapter(directory: pathlib.Path) -> bool:
 
 
 def open_adapter(directory, step: int | None = None, base: str = "") -> Adapter:
-  """The adapter at `directory` and its base (`base` instead of the path that was noted).
-
-  Errors: UserError when the base is another than the one trained on, or when there is none.
-  """
+  """The adapter at `directory`; `base` instead of the path of the base that was noted."""
   path = pathlib.Path(directory)
   if (path / "adapter_config.json").is_file():
     return _from_peft(path, base)
@@ -86,8 +93,8 @@ def open_adapter(directory, step: int | None = None, base: str = "") -> Adapter:
   finally:
     checkpoints.close()
   adapters = tree.unflatten({name.removeprefix(orbax.TRAINED).replace(".", "/"): np.asarray(leaf) for name, leaf in leaves.items()})
-  return Adapter(path, adapters, ModelConfig.from_hf(meta["model"], f"{directory}'s checkpoint"), _base(meta["base"], base, directory),
-                 meta["lora"], meta["nf4"], meta, meta["chat_template"], tuple(meta["end_of_turn_ids"]), step)
+  return Adapter(path, adapters, ModelConfig.from_hf(meta["model"], f"{directory}'s checkpoint"), meta["base"], base, meta["lora"],
+                 meta["nf4"], meta, meta["chat_template"], tuple(meta["end_of_turn_ids"]), step)
 
 
 def _from_peft(path, base):
@@ -96,7 +103,7 @@ def _from_peft(path, base):
   cfg = ModelConfig.from_hf(source.config, f"{source.path}/config.json")
   adapters, _ = peft.read_peft(path, cfg)
   settings_lora = {key: settings[key] for key in ("rank", "alpha", "dropout", "rslora")}
-  return Adapter(path, adapters, cfg, source, settings_lora, settings["nf4"], chat_template=chat_template_of(path),
+  return Adapter(path, adapters, cfg, settings["base"], base, settings_lora, settings["nf4"], chat_template=chat_template_of(path),
                  end_of_turn_ids=tuple(settings["end_of_turn_ids"]))
 
 

@@ -56,19 +56,19 @@ class HFSource(Source):
 
 
 def load_tokenizer(path: pathlib.Path):
-  """The fast tokenizer of a directory, from local files alone. UserError when there is none or it does not load."""
+  """The fast tokenizer of a directory, from local files alone, or of a hub id. UserError when there is none or it does not load."""
   from transformers import AutoTokenizer
   found = [n for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json") if (path / n).is_file()]
-  if not found:
+  if path.exists() and not found:
     raise UserError(f"{path} has no tokenizer", wanted="tokenizer.json or tokenizer.model in it", knob="data.tokenizer")
   try:
-    tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=path.exists(), trust_remote_code=False)
   except Exception as error:  # the loaders raise whatever the broken file makes them raise
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise UserError(f"the tokenizer in {path} does not load ({reason})", wanted="a tokenizer that transformers reads",
+    raise UserError(f"the tokenizer {path} does not load ({reason})", wanted="a tokenizer that transformers reads",
                     knob="data.tokenizer") from None
   if not tokenizer.is_fast:
-    raise UserError(f"the tokenizer in {path} is a slow one", wanted="one with character offsets (tokenizer.json)", knob="data.tokenizer")
+    raise UserError(f"the tokenizer {path} is a slow one", wanted="one with character offsets (tokenizer.json)", knob="data.tokenizer")
   return tokenizer
 
 

@@ -130,13 +130,15 @@ def check_same_base(source: Source, identity: dict[str, str], directory) -> None
 
 
 def run_tokenizer(directory: pathlib.Path, meta: dict[str, Any]):
-  """The tokenizer of a run (its own path, else its base's) or of a converted model (beside it)."""
+  """The tokenizer that a run kept in DIR/tokenizer, else the one it names, else its base's; of a converted model, the one beside it."""
+  if (directory / "tokenizer").is_dir():
+    return load_tokenizer(directory / "tokenizer")
   if meta.get("converted"):
     return load_tokenizer(directory)
-  if meta["tokenizer"]:
-    path = pathlib.Path(meta["tokenizer"]).expanduser()
-    return load_tokenizer(path) if path.is_dir() else open_source(meta["tokenizer"]).tokenizer()
-  return open_base(meta["base"], directory).tokenizer()
+  name = meta["tokenizer"]
+  if not name:
+    return open_base(meta["base"], directory).tokenizer()
+  return open_source(name).tokenizer() if name.endswith(".gguf") else load_tokenizer(pathlib.Path(name).expanduser())
 
 
 def write_orbax(out_dir, cfg: ModelConfig, leaves, tokenizer=None, *, dtype: str = "bfloat16", meta: dict[str, Any],

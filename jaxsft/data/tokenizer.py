@@ -8,7 +8,10 @@ from jaxsft.errors import UserError
 
 
 def load_tokenizer(path: str, revision: str = "", knob: str = "data.tokenizer"):
-  """transformers' PreTrainedTokenizerFast; "bytes" is a built-in one of bytes with ChatML. Raises UserError when there is none at `path`, or none with character offsets."""
+  """transformers' PreTrainedTokenizerFast; path "bytes" is a built-in one, a token a byte, with ChatML.
+
+  Raises UserError when there is no tokenizer at `path`, or none with character offsets.
+  """
   if path == "bytes":
     return byte_tokenizer()
   if path.endswith(".gguf"):

@@ -166,16 +166,19 @@ def make_cached_forward(cfg, dtype="float32"):
     rotation = rotations(positions_BT, cfg)
     rows = jnp.arange(tokens_BT.shape[0])[:, None]
 
-    def layer(x_BTD, inputs):
-      layer_params, k_cache, v_cache = inputs
+    def layer(carry, inputs):
+      x_BTD, *cached = carry      # the caches are carried whole and written in place: scanned over, XLA would copy them at every token
+      layer_params, number = inputs
 
       def mix(q, k, v):
-        keys, values = k_cache.at[rows, positions_BT].set(k), v_cache.at[rows, positions_BT].set(v)
-        mask_BTS = jnp.arange(keys.shape[1]) <= positions_BT[:, :, None]
-        return attend(q, keys, values, mask_BTS), (keys, values)
-      return nnx.merge(_layer_graph(cfg), layer_params)(x_BTD, rotation, mix)
+        k_cache, v_cache = (cache.at[number, rows, positions_BT].set(new) for cache, new in zip(cached, (k, v)))
+        mask_BTS = jnp.arange(k_cache.shape[2]) <= positions_BT[:, :, None]
+        return attend(q, k_cache[number], v_cache[number], mask_BTS), (k_cache, v_cache)
+      x_BTD, cached = nnx.merge(_layer_graph(cfg), layer_params)(x_BTD, rotation, mix)
+      return (x_BTD, *cached), None
     x_BTD = embed(tokens_BT, params["embed_tokens"]["embedding"], jnp.ones_like(tokens_BT), jnp.dtype(dtype))
-    x_BTD, (k, v) = jax.lax.scan(layer, x_BTD, (params["layers"], cache["k"], cache["v"]))
+    numbered = params["layers"], jnp.arange(cfg.num_hidden_layers)
+    (x_BTD, k, v), _ = jax.lax.scan(layer, (x_BTD, cache["k"], cache["v"]), numbered)
     return _final_norm(cfg, params, x_BTD), {"k": k, "v": v}
   return forward
 

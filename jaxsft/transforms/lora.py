@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jaxsft.transforms import tree as trees
 @dataclasses.dataclass
 class LoRAKernel:
   """A kernel leaf with its adapter. row_seeds [(L,) B, 2] arm the dropout in training; None in evaluation."""
-  base: object
+  base: Any
   a: jax.Array
   b: jax.Array
   row_seeds: jax.Array | None

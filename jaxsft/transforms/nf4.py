@@ -126,7 +126,7 @@ def _mean(flat: np.ndarray) -> np.float32:
 
 def absmax(w: NF4Array) -> jax.Array:
   """Float32 scales [in/64, out] of one layer."""
-  if w.absmax2 is None:
+  if w.absmax2 is None or w.offset is None:
     return w.scales
   N, O = w.scales.shape
   order_NO = jnp.arange(O)[None, :] * N + jnp.arange(N)[:, None]              # place in [out, in/64]

@@ -75,10 +75,16 @@ def matching(paths, regex: str, knob: str) -> list[str]:
     raise UserError(f"{knob}={regex!r} is no regular expression ({error})", knob=knob) from None
   if found:
     return found
-  words = re.sub(r"[\\^$()|?*+\[\]]", " ", regex).split() or [""]
-  close = nearest(max(words, key=len), {part for path in paths for part in path.split("/")} | set(paths)) or paths[:1]
-  hint = next((path for path in paths if close[0] in path), paths[0])
-  raise UserError(f"{knob}={regex!r} matches no parameter", wanted=f"a pattern of names such as {hint!r} (nearest)", knob=knob)
+  raise UserError(f"{knob}={regex!r} matches no parameter", wanted=f"a pattern of names such as {_nearest_path(regex, paths)!r} (nearest)", knob=knob)
+
+
+def _nearest_path(regex: str, paths: list[str]) -> str:
+  """The path that holds what is likest the longest plain word of the pattern: 'query_proj/kernel' is measured against pairs of names."""
+  word = max(re.sub(r"[\\^$()|?*+\[\]]", " ", regex).split() or [""], key=len).strip("/")
+  size = word.count("/") + 1
+  windows = {"/".join(parts[i:i + size]) for parts in (path.split("/") for path in paths) for i in range(len(parts))}
+  close = nearest(word, sorted(windows))
+  return next((path for path in paths if close and close[0] in path), paths[0] if paths else "none: there is no such parameter")
 
 
 def assign(paths, rules: list[tuple[str, Any]], knob: str) -> dict[str, Any]:

@@ -162,6 +162,20 @@ def test_drift_is_rounding_alone_in_float32(adapter_run, tmp_path, capsys):
   assert convert(capsys, run, tmp_path / "no", "--merge", "--no-drift")["drift"] is None
 
 
+def test_a_run_without_a_base_still_gives_its_adapter(tmp_path, capsys, shared):
+  """A smoke run on random weights: the tokenizer is the one it kept; a merge has nothing to merge into."""
+  from jaxsft.convert.hf import load_tokenizer, write_tokenizer
+  cfg = ModelConfig.from_hf(dict(model_type="llama", vocab_size=32000, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+                                 num_attention_heads=4))
+  adapters = {"layers": {"mlp": {"up_proj": {"kernel": {"a": jnp.ones((1, 64, 4)), "b": jnp.ones((1, 4, 128))}}}}}
+  run = save_run(tmp_path / "run", adapters, orbax.run_meta(cfg, tokenizer="bytes", chat_template="X", lora=LORA))
+  (run / "tokenizer").mkdir()
+  write_tokenizer(run / "tokenizer", load_tokenizer(shared / "data/tokenizers/llama2"))
+  convert(capsys, run, tmp_path / "out")
+  assert (tmp_path / "out/chat_template.jinja").read_text() == "X" and (tmp_path / "out/tokenizer.json").is_file()
+  assert "does not say what its base is" in refused(capsys, run, tmp_path / "merged", "--merge")
+
+
 def test_step_chooses_and_the_newest_is_the_default(adapter_run, tmp_path, capsys):
   run = adapter_run(steps=(2, 4))[0]
   assert convert(capsys, run, tmp_path / "newest")["step"] == 4

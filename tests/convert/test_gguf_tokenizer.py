@@ -22,6 +22,13 @@ def test_qwen2_ids_equal_transformers(qwen2, text):
   assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
+def test_qwen2_composes_characters(qwen2):
+  tokenizer, theirs = qwen2
+  decomposed = "cafe\u0301 A\u030a"
+  assert tokenizer(decomposed).input_ids == theirs(decomposed).input_ids
+  assert tokenizer.decode(tokenizer(decomposed).input_ids) == "caf\u00e9 \u00c5"
+
+
 @pytest.fixture(scope="module")
 def qwen2(shared):
   folder = shared / "data/tokenizers/qwen2.5"
@@ -69,6 +76,20 @@ def test_llama3_ids_equal_a_plain_bpe_over_its_ranks(llama3, text):
   assert ours(text, add_special_tokens=False).input_ids == rank_bpe(text, ranks)
   assert ours(text + "<|eot_id|>").input_ids == [128000, *rank_bpe(text, ranks), 128001]
   assert ours.decode(ours(text, add_special_tokens=False).input_ids) == text
+
+
+def test_llama3_words_that_no_merge_reaches(llama3):
+  """A word that is a token is that token, even where its merges would end elsewhere (ignore_merges)."""
+  import regex
+  ours, ranks = llama3
+  odd = []
+  for token, i in ranks.items():
+    text = token.decode(errors="ignore")
+    if len(token) > 12 and text.encode() == token and regex.findall(LLAMA3_SPLIT, text) == [text] and len(bpe_parts(token, ranks, i)) > 2:
+      odd.append((text, i))
+  assert odd
+  for text, i in odd[:50]:
+    assert ours(text, add_special_tokens=False).input_ids == [i]
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,22 @@ def test_writing_needs_a_layer(directory, tmp_path, dtype):
   assert peak(lambda: hf.write_hf(tmp_path / "out", CFG, leaves, dtype=dtype)) < 2.5 * LEAF
 
 
+def test_reading_copies_nothing_and_minds_alignment(tmp_path, directory):
+  from jaxsft.convert import shards
+  array = open_source(directory).read("model.layers.0.mlp.up_proj.weight")
+  base = array
+  while getattr(base, "base", None) is not None and not isinstance(base, np.memmap):
+    base = base.base
+  assert isinstance(base, np.memmap) and not array.flags.writeable
+  header = b'{"x":{"dtype":"F32","shape":[3],"data_offsets":[0,12]}}  '
+  for padding in range(4):  # old writers did not pad their headers
+    text = header + b" " * padding
+    (tmp_path / "odd.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + np.arange(3, dtype="<f4").tobytes())
+    found = shards.read_tensor(shards.read_header(tmp_path / "odd.safetensors")["x"])
+    np.testing.assert_array_equal(found, [0, 1, 2])
+    assert found.flags.aligned
+
+
 PROGRAM = """
 import json, sys
 from jaxsft.convert import load

@@ -81,3 +81,9 @@ def test_help_and_standard_input_in_a_process(files):
 def test_a_folder_without_a_tokenizer(tmp_path):
   with pytest.raises(UserError, match="no tokenizer could be read from .*data.tokenizer"):
     load_tokenizer(str(tmp_path))
+
+
+def test_the_built_in_bytes_tokenizer():
+  tokenizer = load_tokenizer("bytes")
+  traced = trace(RECORD, "a.jsonl:1", get_template("tokenizer", tokenizer), tokenizer)
+  assert len(tokenizer) == 259 and "".join(t["text"] for t in traced["tokens"] if t["weight"]) == "Yo<|im_end|>"
