@@ -17,7 +17,7 @@ from .wordings_held_out import HELD_OUT
 from .wordings_train import TRAIN
 
 HERE = Path(__file__).parent
-SYSTEM = "Reply with a JSON ticket: customer, order, request (refund, exchange, tracking, cancel or invoice)."
+SYSTEM = "Reply with a JSON ticket: customer, order, request."
 SEED = 20
 ROWS = dict(train=400, eval=100)
 

@@ -29,7 +29,6 @@ HELD_OUT = Material(
   chat=lines("""
     My parrot repeats my curses.
     I've shopped with you since 1998.
-    Uncle Otto told me to write.
     The whole village knows by now.
     I'm typing this with 1 thumb.
     My therapist, Dr. Lund, suggested this mail.
@@ -42,53 +41,52 @@ HELD_OUT = Material(
     "{ask}\n--\n{name}\n#{order}",
     "{order} / {name} / {ask} {chat}",
     "{hello}\n{ask}\n{bye}\n{name}\nP.S. The number's {order}.",
-    "{ask} Filed under {name} (ref. {order}). {bye}",
+    "{ask} Please answer to {name} (ref. {order}). {bye}",
   ),
   ask=dict(
     refund=lines("""
-      The {item} cracked overnight, and I'd like every cent returned.
-      Kindly put the price of the {item} back on my credit card.
-      The {item} was a dud. How soon will you repay me?
-      The {item} gave up within a day: a reimbursement is in order.
-      You took too much from my bank for the {item}. Transfer the extra back.
-      Your {item} is going back; wire me what it cost.
-      Please reverse the payment, this {item} is useless.
-      I demand my cash again, the {item} never even switched on."""),
-    exchange=lines("""
-      The {item} is the wrong shade: could I get a white one in its place?
-      Mine is a medium {item}, yet I need a large. Is switching possible?
-      The {item} has a loose screw, kindly post me a working one.
-      I'd love to switch the {item} to the wooden kind.
-      May I hand in the {item} and receive the next size up?
-      Substitute the scratched {item} with an intact one, please.
-      This {item} rattles. I'd be happy with a brand new one.
-      You packed a child's {item}; mail the adult size, please."""),
-    tracking=lines("""
-      Ten days gone and the {item} still isn't here.
-      Could you find out what happened to the package with my {item}?
-      By what date should I expect the {item}?
-      The {item} appears to be stuck at the depot.
-      My neighbour got hers, yet my {item} never showed up.
-      How far away is the {item} now?
-      Did the {item} leave your warehouse already?
-      The postman shrugs when asked about my {item}. Please locate it."""),
+      I'd be glad to see my payment for the {item} again; it split in two.
+      After one use the {item} fell to bits. What about my money?
+      Kindly refund what the {item} cost, since it arrived soaked.
+      Why is there no refund yet for the {item} we mailed back?
+      You billed me double on that {item}. Return one payment.
+      I'd like to be reimbursed: this {item} glows in the dark.
+      We're not happy with our {item}, please repay us.
+      Send our cash back, the {item} is a joke.
+      Your {item} ruined our summer. We want a full refund.
+      You took 80 euros instead of 8 for my {item}. Pay back the rest, please."""),
+    delivery=lines("""
+      We still haven't seen the {item}. Where could it be?
+      Has anyone posted my {item}?
+      The {item} should have come last Thursday.
+      I keep waiting, but the {item} doesn't arrive.
+      Which day will our {item} be brought?
+      Tell me, where's the {item} travelling right now?
+      Could you trace the parcel? It holds a {item}.
+      Our {item} hasn't been delivered, says my wife.
+      Two weeks of waiting for one {item}! When's it coming?
+      Is there news about the shipping of our {item}?"""),
     cancel=lines("""
-      I'd like to back out of buying the {item}.
-      Don't dispatch the {item}: I've had second thoughts.
-      Please void my purchase of the {item} while it's still with you.
-      My toddler bought the {item} on my phone. Kindly annul it.
-      There's no use for the {item} now. Don't mail it!
-      Is it too late to pull out? I won't want the {item} after all.
-      Never mind the {item}; please remove this purchase.
-      I bought the {item} in my sleep. Abort before it goes out!"""),
+      I'd like to cancel the {item} we bought this morning.
+      Please stop my {item} order, I was half asleep.
+      We don't want the {item} any more, so don't ship it.
+      Let's call off the {item}, our garden is flooded.
+      My husband hates the {item}. Kindly drop it from the order.
+      Sorry, that {item} was a mistake. Could you cancel?
+      Don't send the {item}, I've changed my mind.
+      I won't need a {item} in prison. Cancel, please.
+      Undo my {item} purchase before it's packed.
+      It isn't too late to withdraw my {item} order, is it?"""),
     invoice=lines("""
-      The tax office asks for papers on the {item}: could you email them?
-      No receipt came along with the {item}; I'd appreciate one.
-      Our bookkeeper is missing a document for the {item}.
-      My employer covers the {item} if you put the price in writing.
-      Kindly issue a VAT bill for the {item}.
-      Would you email a duplicate of the sales slip for the {item}?
-      Correct the firm's address on my {item} invoice, please.
-      I deduct the {item} from taxes: a bill with today's date, please."""),
+      I can't do my taxes without a bill for this {item}.
+      Would you mail us the invoice? It's about one {item}.
+      Our office needs the receipt showing the {item}.
+      The {item} bill lists a wrong address. Please mend that.
+      Is there a PDF invoice for this {item}?
+      My accountant keeps asking for the {item} receipt.
+      I'd like a bill, the {item} was for my company.
+      Please issue a new invoice on the {item} with our VAT number.
+      We never got any receipt with our {item}.
+      Might I have proof of payment for this {item}? The boss insists."""),
   ),
 )

@@ -96,7 +96,7 @@ TRAIN = Material(
     "{ask} {chat} Booked by {name} as {order}.",
     "{name} ({order}): {ask}",
     "[{order}] {hello} {ask} / {name}",
-    "{hello} it is {name} again. Order {order}. {ask}",
+    "{hello} it is {name} again. {ask} Order {order}, as before.",
     "{ask} {bye} {name} ({order})",
     "To: support\nFrom: {name}\nOrder: {order}\n{hello} {ask}",
     "{ask} Placed under {order} by {name}.",
@@ -149,49 +149,16 @@ TRAIN = Material(
       How do I get reimbursed for the {item}? It melted.
       The {item} made us laugh, then cry. Money back, please.
       My card was debited for a {item} I never ordered. Please pay it back.
-      I expect repayment for the {item}: it turned my bath green."""),
-    exchange=lines("""
-      The {item} is too small, please swap it for a bigger one.
-      Could I exchange the {item} for the red one?
-      You sent the wrong {item}; please replace it.
-      I would like to trade the {item} for another model.
-      The {item} came in green and I wanted blue. Can we swap?
-      Please send a replacement for the broken {item}.
-      My {item} has a crack. A new one, please.
-      The {item} does not fit; may I have a larger size instead?
-      I would rather have the {item} in black. Can I change it?
-      The {item} arrived in pieces, send me another.
-      Wrong colour! I need the {item} in yellow instead.
-      The {item} hums all night. Please give me a different one.
-      Can I return the {item} and get the other version?
-      A part of the {item} is missing, please ship a fresh one.
-      I got a {item} for left hands. Exchange it for a right-handed one?
-      The {item} is dented; I want one without dents.
-      Please change my {item} for a lighter one.
-      The {item} stopped working, and I want a new {item} under warranty.
-      This is not the {item} I picked. Please send the right one.
-      Can you swap my {item} for the round model?
-      The zip of the {item} is stuck. May I have another {item}?
-      I ordered a big {item} and got a tiny one; please correct that.
-      My {item} was broken in the box. Could you send it again?
-      I prefer the silver {item} over this gold one. Could we trade?
-      Is there a {item} without holes that I could have for mine?
-      The {item} is for adults and my son is 5. Replace it with the small version?
-      Please take back this {item} and give me one that closes.
-      One leg of the {item} is short. Send a good one.
-      I need the {item} one size larger, please switch mine.
-      The {item} is the wrong model. What about an exchange?
-      Please ship me a working {item} in return for this dead one.
-      My wife wants the blue {item}, you sent a pink one. Swap?
-      The {item} is scratched. I would take another copy.
-      A screw fell out of the {item}; please send me a sound one.
-      I chose size M for the {item}, but it should be L. Can you change it?
-      Please replace the {item}, the handle came off.
-      The {item} makes odd noises. I would like a new {item}.
-      Could you send the white {item} and collect the brown one?
-      You delivered a {item} for children. I need one for grown-ups.
-      The glass of my {item} is broken; a replacement, please."""),
-    tracking=lines("""
+      I expect repayment for the {item}: it turned my bath green.
+      The {item} cracked overnight, and I'd like every cent returned.
+      Kindly put the price of the {item} back on my credit card.
+      The {item} was a dud. How soon will you repay me?
+      The {item} gave up within a day: a reimbursement is in order.
+      You took too much from my bank for the {item}. Transfer the extra back.
+      Your {item} is going back; wire me what it cost.
+      Please reverse the payment, this {item} is useless.
+      I demand my cash again, the {item} never even switched on."""),
+    delivery=lines("""
       Where is my {item}?
       The {item} has not arrived yet.
       When will the {item} be delivered?
@@ -231,7 +198,15 @@ TRAIN = Material(
       The {item} never came.
       I have waited 5 weeks for a {item}. When does it arrive?
       The package with the {item} went to the wrong town. Where is it today?
-      Please let me know when the {item} is going to turn up."""),
+      Please let me know when the {item} is going to turn up.
+      Ten days gone and the {item} still isn't here.
+      Could you find out what happened to the package with my {item}?
+      By what date should I expect the {item}?
+      The {item} appears to be stuck at the depot.
+      My neighbour got hers, yet my {item} never showed up.
+      How far away is the {item} now?
+      Did the {item} leave your warehouse already?
+      The postman shrugs when asked about my {item}. Please locate it."""),
     cancel=lines("""
       Please cancel the {item}.
       I no longer need the {item}, do not send it.
@@ -272,7 +247,15 @@ TRAIN = Material(
       Could you void the order for the {item}?
       Keep the {item} in your warehouse, I will not take it.
       I must step back from buying the {item}; we are broke.
-      Please strike the {item} from my purchases."""),
+      Please strike the {item} from my purchases.
+      I'd like to back out of buying the {item}.
+      Don't dispatch the {item}: I've had second thoughts.
+      Please void my purchase of the {item} while it's still with you.
+      My toddler bought the {item} on my phone. Kindly annul it.
+      There's no use for the {item} now. Don't mail it!
+      Is it too late to pull out? I won't want the {item} after all.
+      Never mind the {item}; please remove this purchase.
+      I bought the {item} in my sleep. Abort before it goes out!"""),
     invoice=lines("""
       Please send me the invoice for the {item}.
       I need a receipt for the {item}.
@@ -313,6 +296,14 @@ TRAIN = Material(
       Could you confirm in writing what I paid for the {item}?
       I need proof that I bought the {item}, with the price on it.
       Our finance office needs the bill of the {item} by noon.
-      Kindly print me a receipt with the price of the {item}."""),
+      Kindly print me a receipt with the price of the {item}.
+      The tax office asks for papers on the {item}: could you email them?
+      No receipt came along with the {item}; I'd appreciate one.
+      Our bookkeeper is missing a document for the {item}.
+      My employer covers the {item} if you put the price in writing.
+      Kindly issue a VAT bill for the {item}.
+      Would you email a duplicate of the sales slip for the {item}?
+      Correct the firm's address on my {item} invoice, please.
+      I deduct the {item} from taxes: a bill with today's date, please."""),
   ),
 )

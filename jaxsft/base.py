@@ -32,7 +32,7 @@ class Base(NamedTuple):
 def open_base(c) -> Base:
   """Config, source and tokenizer of c.model; no weights are read.
 
-  Errors: UserError for whatever is wrong with the model or its tokenizer.
+  Errors: UserError for whatever is wrong with the model or its tokenizer, and for a rule that finds no leaf of it.
   """
   source = open_source(c.model.path, c.model.revision) if c.model.path else None
   cfg = ModelConfig.from_hf(source.config if source else c.model.shape.to_dict(), c.model.path or "model.shape")
@@ -43,16 +43,25 @@ def open_base(c) -> Base:
   else:
     raise UserError("a random model has no tokenizer", wanted="a tokenizer ('bytes' is built in)", knob="data.tokenizer")
   check_tokenizer(tokenizer, cfg)
+  _check_rules(c, cfg)
   return Base(cfg, source, tokenizer)
+
+
+def _check_rules(c, cfg):
+  """Every rule of the config finds something: known from the names alone, before minutes of loading."""
+  paths = list(families.shapes(cfg))
+  kernels = [path for path in paths if path.endswith("kernel")]
+  for wanted, regex, knob, among in ((c.lora.rank, c.lora.targets, "lora.targets", kernels), (c.nf4.targets, c.nf4.targets, "nf4.targets", kernels),
+                                     (c.freeze, c.freeze, "freeze", paths)):
+    if wanted:
+      trees.matching(among, regex, knob)
 
 
 def load(c, base: Base, mesh):
   """The parameter tree on the mesh: c.nf4.targets as NF4Array, the rest in c.model.base_dtype.
 
-  Errors: UserError when nf4.targets finds no kernel, and what reading raises.
+  Errors: what reading raises.
   """
-  if c.nf4.targets:
-    trees.matching((path for path in families.shapes(base.cfg) if path.endswith("kernel")), c.nf4.targets, "nf4.targets")
   make_leaf = functools.partial(_leaf, c, mesh)
   if base.source:
     return load_params(base.source, base.cfg, make_leaf)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import pathlib
 import shutil
@@ -14,9 +13,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from jaxsft.errors import UserError
+from jaxsft.errors import UserError, size
+from jaxsft.workdir import disk_errors
 
-logging.getLogger("absl").setLevel(logging.ERROR)     # Orbax tells every step of a save
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every step of a save, and each error on its way to where it is raised
 
 
 def storable(tree) -> dict[str, jax.Array]:
@@ -64,13 +64,13 @@ class Checkpoints:
     """
     leaves = storable(state)
     self._check_disk(sum(leaf.nbytes for leaf in leaves.values()))
-    with self._disk_errors():
+    with disk_errors(self.directory):
       self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(leaves), data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta)),
                          metrics=None if eval_loss is None else {"eval_loss": float(eval_loss)}, force=True)
 
   def wait(self):
     """Until the save under way is on disk; raises what went wrong with it."""
-    with self._disk_errors():
+    with disk_errors(self.directory):
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
 
@@ -95,20 +95,12 @@ class Checkpoints:
     return leaves, self.meta(step)
 
   def close(self):
-    self._manager.close()
+    """Ends the background threads; waits for the save under way (an interpreter that exits sooner loses it)."""
+    with disk_errors(self.directory):
+      self._manager.close()
 
   def _check_disk(self, needed: int):
     free = shutil.disk_usage(self.directory).free
     if free < needed * 1.05:
-      raise UserError(f"{self.directory} has {free / 1e6:.0f} MB free and a checkpoint takes {needed / 1e6:.0f} MB (earlier checkpoints are whole)",
+      raise UserError(f"{self.directory} has {size(free)} free and a checkpoint takes {size(needed)} (earlier checkpoints are whole)",
                       wanted="free disk space", knob="--workdir to a larger disk, or checkpoint.keep lower")
-
-  @contextlib.contextmanager
-  def _disk_errors(self):
-    try:
-      yield
-    except Exception as error:            # tensorstore raises ValueError, the file system OSError, Orbax wraps either
-      if any(word in str(error).lower() for word in ("no space", "disk quota", "enospc", "file too large", "resource_exhausted", "resource exhausted")):
-        raise UserError(f"the disk of {self.directory} is full: the checkpoint could not be written (earlier checkpoints are whole)",
-                        wanted="free disk space", knob="--workdir to a larger disk, or checkpoint.keep lower") from error
-      raise

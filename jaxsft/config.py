@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import math
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -54,6 +56,9 @@ def override(config: ConfigDict, key: str, text: str):
   node[name] = _parse(key, text, node[name])
 
 
+KINDS = {int: "whole number", float: "number", bool: "truth value (true or false)", tuple: "tuple", ConfigDict: "part that a flag can set: write a config file"}
+
+
 def _parse(key, text, like):
   if isinstance(like, str):
     return text
@@ -67,7 +72,8 @@ def _parse(key, text, like):
   except (ValueError, SyntaxError):
     value = (text,) if kind is tuple else None
   if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-    raise UserError(f"--config.{key}={text} is no {kind.__name__}", wanted=f"a {kind.__name__} such as {like!r}", knob=f"--config.{key}")
+    name = KINDS.get(kind, kind.__name__)
+    raise UserError(f"--config.{key}={text} is no {name}", wanted=f"a {name}" + f" such as {like!r}" * (like != ()), knob=f"--config.{key}")
   return value
 
 
@@ -102,7 +108,21 @@ CHOICES = {
     "neftune.length": ("segment", "row"), "optim.schedule": ("constant", "linear", "cosine", "wsd"), "optim.name": ("adamw",),
     "optim.state": ("float32", "bfloat16_stochastic"),
 }
-AT_LEAST_ONE = ("batch_size", "micro_batches", "data.length", "loss_chunk", "log.every", "checkpoint.keep")
+AT_LEAST_ONE = ("batch_size", "micro_batches", "data.length", "loss_chunk", "log.every", "checkpoint.keep", "sample.max_new_tokens")
+NOT_NEGATIVE = ("steps", "epochs", "lora.rank", "neftune.alpha", "data.workers", "data.train.rows", "data.eval.rows", "eval.every", "eval.rows",
+                "checkpoint.every", "sample.temperature", "optim.warmup", "optim.decay", "optim.final", "optim.weight_decay", "optim.clip_norm")
+POSITIVE = ("optim.learning_rate", "optim.eps", "lora.alpha", "method.beta")
+SHARES = ("lora.dropout", "data.eval_share", "optim.b1", "optim.b2")
+REGEXES = ("lora.targets", "nf4.targets", "freeze", "optim.no_decay")
+
+
+def _check_numbers(flat: dict[str, Any]):
+  ranges = [(AT_LEAST_ONE, "at least 1", lambda x: x >= 1), (NOT_NEGATIVE, "0 or more", lambda x: 0 <= x < math.inf),
+            (POSITIVE, "more than 0", lambda x: 0 < x < math.inf), (SHARES, "0 or more and less than 1", lambda x: 0 <= x < 1)]
+  for keys, wanted, good in ranges:
+    for key in keys:
+      if not good(flat[key]):
+        raise UserError(f"{key} is {flat[key]}", wanted=wanted, knob=key)
 
 
 def validate(c: ConfigDict):
@@ -112,9 +132,12 @@ def validate(c: ConfigDict):
     if flat[key] not in allowed:
       close = nearest(str(flat[key]), allowed)
       raise UserError(f"{key} is {flat[key]!r}", wanted=f"{' | '.join(allowed)}{f' ({close[0]}?)' if close else ''}", knob=key)
-  for key in AT_LEAST_ONE:
-    if flat[key] < 1:
-      raise UserError(f"{key} is {flat[key]}", wanted="at least 1", knob=key)
+  _check_numbers(flat)
+  for key in REGEXES:
+    try:
+      re.compile(flat[key])
+    except re.error as error:
+      raise UserError(f"{key}={flat[key]!r} is no regular expression ({error})", knob=key) from None
   if c.batch_size % c.micro_batches:
     raise UserError(f"batch_size {c.batch_size} does not divide into {c.micro_batches} micro-batches", wanted="a multiple", knob="batch_size or micro_batches")
   if bool(c.steps) == bool(c.epochs):
@@ -122,6 +145,8 @@ def validate(c: ConfigDict):
   if c.nf4.targets and not c.lora.rank:
     raise UserError("full fine-tuning of an NF4 base: 4-bit codes have no gradient", wanted="an adapter (lora.rank) or no quantisation (nf4.targets='')",
                     knob="lora.rank or nf4.targets")
+  if c.freeze and c.lora.rank:
+    raise UserError("freeze is set and so is lora.rank: with adapters the whole base rests", wanted="one of them", knob="freeze or lora.rank")
   if c.optim.state == "bfloat16_stochastic" and c.lora.rank:
     raise UserError("bfloat16 training state with adapters saves nothing worth its noise", wanted="float32", knob="optim.state")
   if not c.model.path and not len(c.model.shape):

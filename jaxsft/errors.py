@@ -20,3 +20,12 @@ def nearest(name: str, known, limit: int = 1) -> list[str]:
   """The names of `known` closest to `name`, best first: for 'did you mean' in a message."""
   import difflib
   return difflib.get_close_matches(name, list(known), n=limit, cutoff=0.0)
+
+
+def size(count: float) -> str:
+  """A number of bytes for people: "512 B", "131 kB", "3.5 GB" (powers of 1000, as disks and `df -H` count)."""
+  for unit in ("B", "kB", "MB", "GB", "TB"):
+    if count < 999.5 or unit == "TB":
+      return f"{count:.0f} {unit}" if unit == "B" or count >= 99.5 else f"{count:.3g} {unit}"
+    count /= 1000
+  raise AssertionError

@@ -16,6 +16,11 @@ class Evaluation:
     self._evaluate = jax.jit(method.evaluate, out_shardings=sharding.replicated(mesh))
     self._where, self.batches = sharding.batch_sharding(mesh, micro_batched=False), batches
 
+  @property
+  def rows(self) -> int:
+    """Rows of the evaluation set, padding rows apart."""
+    return sum(int((batch["segment_ids"] > 0).any(-1).sum()) for batch in self.batches)
+
   def sums(self, state, frozen, batch) -> dict:
     """{name: (sum, count)} of one host batch, as floats."""
     return {name: tuple(map(float, pair)) for name, pair in self._evaluate(state, frozen, sharding.place_batch(batch, self._where)).items()}

@@ -54,10 +54,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(c, workdir) -> int:
   from jaxsft import train
+  from jaxsft.stop import Interrupted
   try:
     train.run(c, workdir)
     return OK
-  except train.Interrupted as stopped:
+  except Interrupted as stopped:
     print(stopped, file=sys.stderr)
     return STOPPED
   except train.NonFinite as error:

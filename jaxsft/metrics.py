@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+import statistics
 import sys
 import time
+
+from jaxsft.workdir import write_atomically
 
 
 class JsonLines:
   """DIR/metrics.jsonl, one object a logged step; on resume lines past the restored step are cut, so that no step stands twice."""
 
   def __init__(self, path: pathlib.Path, start: int):
-    kept = [line for line in path.read_text().splitlines() if _whole(line, start)] if path.exists() else []
-    path.write_text("".join(line + "\n" for line in kept))
+    cut(path, start)
     self._file = open(path, "a", buffering=1)  # noqa: SIM115
 
   def write(self, step: int, values: dict):
@@ -22,6 +24,15 @@ class JsonLines:
 
   def close(self):
     self._file.close()
+
+
+def cut(path: pathlib.Path, start: int):
+  """Takes the lines past step `start` out of a JSONL file, and one that a kill left half."""
+  if path.exists():
+    lines = path.read_text().splitlines()
+    kept = [line for line in lines if _whole(line, start)]
+    if kept != lines:
+      write_atomically(path, "".join(line + "\n" for line in kept))
 
 
 def append_json(path: pathlib.Path, values: list[dict]):
@@ -38,54 +49,96 @@ def read_json_lines(path: pathlib.Path) -> list[dict]:
 def _whole(line, start) -> bool:
   try:
     return json.loads(line)["step"] <= start
-  except (ValueError, KeyError):
-    return False        # a line that a power cut left half
+  except (ValueError, KeyError, TypeError):
+    return False
 
 
 def _finite(value):
   return value if not isinstance(value, float) or math.isfinite(value) else str(value)    # JSON has no NaN
 
 
-class TensorBoard:
-  """Scalars under DIR/tensorboard, by tensorboardX (no torch, no tensorflow)."""
+def summarise(lines: list[dict]) -> dict:
+  """What summary.json says of a run, from its logged steps: first and last losses, median tokens a second (the first step compiles)."""
+  losses = [line["loss"] for line in lines if "loss" in line]
+  evals = [line["eval_loss"] for line in lines if "eval_loss" in line]
+  speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+  ends = lambda values: (values[0], values[-1]) if values else (None, None)
+  return {"train_loss_first": ends(losses)[0], "train_loss_last": ends(losses)[1], "eval_loss_before": ends(evals)[0], "eval_loss_after": ends(evals)[1],
+          "tokens_per_second": statistics.median(speeds[1:] or speeds) if speeds else None}
 
-  def __init__(self, path: pathlib.Path):
-    from tensorboardX import SummaryWriter
-    self._writer = SummaryWriter(str(path))
+
+def count_tokens(batch) -> int:
+  """Tokens of a batch, nested or not, padding apart."""
+  return sum(count_tokens(value) if isinstance(value, dict) else int((value > 0).sum()) * (name == "segment_ids") for name, value in batch.items())
+
+
+def closing_line(summary: dict, path) -> str:
+  """The last line of a run for people."""
+  spans = [f"{name} {summary[first]:.4f} -> {summary[last]:.4f}" for name, first, last in (
+      ("loss", "train_loss_first", "train_loss_last"), ("eval", "eval_loss_before", "eval_loss_after")) if summary[first] is not None]
+  seconds = summary["wall_seconds"]
+  return f"done: {summary['steps']} steps in {int(seconds // 60)}:{int(seconds % 60):02d}  {'  '.join(spans)}  in {path}"
+
+
+class TensorBoard:
+  """Scalars under DIR/tensorboard, by tensorboardX (no torch, no tensorflow).
+
+  Its SummaryWriter queues to a thread of its own, which on a full disk ends in tracebacks at exit: events are written here and now.
+  """
+
+  def __init__(self, path: pathlib.Path, start: int):
+    from tensorboardX import event_file_writer, summary
+    from tensorboardX.proto import event_pb2
+    path.mkdir(exist_ok=True)
+    self._scalar, self._event = summary.scalar, event_pb2.Event
+    self._writer = event_file_writer.EventsWriter(str(path / "events"), f".from{start}")
+    restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)       # TensorBoard then hides what an earlier start wrote past here
+    self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=start + 1, session_log=restart))
+    self._writer.flush()
 
   def write(self, step: int, values: dict):
     for name, value in values.items():
       if isinstance(value, (int, float)):
-        self._writer.add_scalar(name, value, step)
+        self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value)))
+    self._writer.flush()
 
   def close(self):
     self._writer.close()
+
+
+SHOWN = {"loss": "loss {:.4f}", "eval_loss": "eval {:.4f}", "grad_norm": "grad {:.3f}", "tokens_per_second": "{:,.0f} tok/s"}
 
 
 class Terminal:
   """Progress on standard error: a rich bar with ETA, tokens/s and loss on a terminal, plain lines elsewhere."""
 
   def __init__(self, start: int, steps: int):
-    self._steps, self._started, self._start, self._bar = steps, time.monotonic(), start, None
-    if sys.stderr.isatty():
-      from rich.console import Console
-      from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-      self._bar = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-                           TextColumn("{task.fields[note]}"), console=Console(stderr=True))
-      self._bar.start()
-      self._task = self._bar.add_task("training", total=steps, completed=start, note="compiling")
+    self._steps, self._bar = steps, None
+    self._first: tuple[int, float] | None = None
+    if not sys.stderr.isatty():
+      return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    self._bar = Progress(TextColumn("training"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+                         TextColumn("{task.fields[note]}"), console=console())
+    self._bar.start()
+    self._task = self._bar.add_task("training", total=steps, completed=start, note="compiling")
 
   def write(self, step: int, values: dict):
-    note = "  ".join(text for name, text in (
-        ("loss", "loss {:.4f}"), ("eval_loss", "eval {:.4f}"), ("grad_norm", "grad {:.3f}"), ("tokens_per_second", "{:.0f} tok/s")) if name in values
-        for text in [text.format(values[name])])
+    note = "  ".join(text.format(values[name]) for name, text in SHOWN.items() if name in values)
     if self._bar:
       self._bar.update(self._task, completed=step, note=note)
     else:
-      print(f"step {step}/{self._steps}  {note}  {self._eta(step)}", file=sys.stderr, flush=True)
+      print("  ".join(filter(None, (f"step {step}/{self._steps}", note, self._eta(step, values)))), file=sys.stderr, flush=True)
 
-  def _eta(self, step):
-    left = (time.monotonic() - self._started) / max(1, step - self._start) * (self._steps - step)
+  def _eta(self, step, values):
+    """"eta 1:05" by the steps after the first of this start, which compiled."""
+    if "loss" not in values or step == self._steps:
+      return ""
+    now = time.monotonic()
+    self._first = self._first or (step, now)
+    if step == self._first[0]:
+      return ""
+    left = (now - self._first[1]) / (step - self._first[0]) * (self._steps - step)
     return f"eta {int(left // 60)}:{int(left % 60):02d}"
 
   def say(self, text: str):
@@ -98,3 +151,10 @@ class Terminal:
   def close(self):
     if self._bar:
       self._bar.stop()
+
+
+def console(width: int | None = None):
+  """rich's console on standard error; no escape codes unless it is a terminal, whatever FORCE_COLOR says."""
+  from rich.console import Console
+  terminal = sys.stderr.isatty()
+  return Console(stderr=True, width=width, force_terminal=terminal, no_color=None if terminal else True)

@@ -10,7 +10,8 @@ import numpy as np
 
 from jaxsft import sharding
 from jaxsft.batch import FIELDS, ROW_IDS, next_token_targets, padding_row
-from jaxsft.errors import UserError
+from jaxsft.errors import UserError, size
+from jaxsft.metrics import console
 from jaxsft.transforms import lora
 from jaxsft.transforms import tree as trees
 from jaxsft.transforms.nf4 import NF4Array
@@ -92,27 +93,77 @@ def check_rows(report: dict, batch) -> dict:
           "supervised_share": float(weights.mean()), "rows_without_supervision": int((supervised == 0).sum())}
 
 
-def print_table(facts: dict):
-  """The whole as one table on standard error."""
-  from rich.console import Console
-  from rich.table import Table
-  table = Table(title="preflight", show_header=False, title_justify="left")
-  for name, value in facts.items():
-    if isinstance(value, dict):
-      value = "\n".join(f"{key}: {_text(item)}" for key, item in value.items())
-    table.add_row(name, _text(value))
-  Console(stderr=True, width=None if sys.stderr.isatty() else 140).print(table, markup=False)
-
-
-def _text(value) -> str:
-  if isinstance(value, dict):
-    return "  ".join(f"{key} {_text(item)}" for key, item in value.items())
-  if isinstance(value, float):
-    return f"{value:.4g}"
-  return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
 def device_facts(mesh) -> dict:
   """Platform, devices and mesh."""
   device = mesh.devices.flat[0]
   return {"platform": device.platform, "kind": device.device_kind, "count": mesh.size, "mesh": dict(mesh.shape), "hosts": jax.process_count()}
+
+
+def check(parts, state, frozen, evaluation, restored: int) -> dict:
+  """All of it, JSON-able: what preflight.json holds and the table shows. `parts` is train.Parts.
+
+  Errors: UserError for whatever would make the run learn nothing, or the wrong thing.
+  """
+  c, stream = parts.c, parts.stream
+  report, batch = stream.report, stream.peek()
+  some = lambda *names: {name: report[name] for name in names}
+  part = {name: value[:len(value) // c.micro_batches] for name, value in batch.items()}
+  return {
+      "device": device_facts(parts.mesh), "model": model_facts(c, parts.base), "steps": parts.steps, "resumed_from": restored,
+      "data": some("source", "records", "kept", "drops", "repairs", "format", "truncated", "longer_than_row"),
+      "tokens": some("tokens", "supervised_tokens", "tokens_per_example", "supervised_per_example", "bos_per_example"),
+      "template": some("template", "end_of_turn", "end_of_turn_trained"),
+      "packing": some("pack", "row_length", "rows_per_epoch", "packing_efficiency", "padding_share", "examples_per_row"),
+      "evaluation": {"rows": evaluation.rows},
+      "first_batch": check_rows(report, batch),
+      "packed_equals_unpacked": check_packing(c, lambda batch: evaluation.sums(state, frozen, batch)["loss"], part),
+      "parameters": parameters(state.trainable, frozen),
+      "state_bytes_a_device": {"optimiser": sharding.bytes_a_device(state.opt), "aux": sharding.bytes_a_device(state.aux)},
+      "rules": rule_matches(c, state.trainable, frozen)}
+
+
+def model_facts(c, base) -> dict:
+  """What is trained, and how."""
+  cfg = base.cfg
+  return {"path": c.model.path or "random weights", "family": cfg.model_type, "layers": cfg.num_hidden_layers, "width": cfg.hidden_size,
+          "vocabulary": cfg.vocab_size, "compute": c.model.dtype, "method": c.method.name,
+          "mode": ("QLoRA" if c.nf4.targets else "LoRA") + f" rank {c.lora.rank}" if c.lora.rank else "full"}
+
+
+WIDTH = 100           # columns of the table where no terminal says how many there are
+LABELS = {"state_bytes_a_device": "training state", "packed_equals_unpacked": "packed = unpacked", "rules": "rules, leaves found"}
+
+
+def print_table(facts: dict):
+  """The whole as one table on standard error."""
+  from rich.table import Table
+  table = Table(title="preflight", show_header=False, title_justify="left")
+  for name, value in facts.items():
+    table.add_row(LABELS.get(name, _label(name)), _cell(name, value))
+  console(None if sys.stderr.isatty() else WIDTH).print(table, markup=False, highlight=False)
+
+
+def _cell(name: str, value) -> str:
+  """Plain values of a dict flow in one text; a dict inside it, and each rule, has a line of its own."""
+  if not isinstance(value, dict):
+    return _text(name, value)
+  inner = [key for key, item in value.items() if name == "rules" or (isinstance(item, dict) and item)]
+  plain = {key: item for key, item in value.items() if key not in inner}
+  return "\n".join(([_text("", plain)] if plain or not inner else []) + [f"{_label(key)}: {_text(key, value[key])}" for key in inner])
+
+
+def _label(name: str) -> str:
+  return name if " " in name or "." in name else name.replace("_", " ")
+
+
+def _text(name: str, value) -> str:
+  """A value for people: bytes and shares with their units, dicts as "key value, key value", nothing as "none"."""
+  if isinstance(value, dict):
+    return ", ".join(f"{_label(key)} {_text(f'{name} {key}', item)}" for key, item in value.items()) or "none"
+  if isinstance(value, bool):
+    return "yes" if value else "no"
+  if isinstance(value, (int, float)) and ("bytes" in name or name in ("optimiser", "aux")):
+    return size(value)
+  if isinstance(value, float):
+    return f"{value:.1%}" if name.endswith(("share", "efficiency")) else f"{value:.4g}"
+  return f"{value:,}" if isinstance(value, int) else str(value)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import math
 import resource
-import signal
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -25,18 +26,15 @@ from jaxsft.evaluation import Evaluation, Samples
 from jaxsft.methods import registry
 from jaxsft.models import decoder
 from jaxsft.step import Method, TrainState
+from jaxsft.stop import Interrupted, Stop
 from jaxsft.transforms.policy import make_policy
-from jaxsft.workdir import Workdir
+from jaxsft.workdir import Workdir, disk_errors
 
 IN_FLIGHT = 2      # steps dispatched before their numbers are read: enough to hide the host, not enough to pile up batches
 
 
-class Interrupted(Exception):
-  """A signal came; the state is saved."""
-
-
 class NonFinite(Exception):
-  """Loss or gradient is NaN or Inf; names the step and the rows."""
+  """Loss, gradient or parameters are NaN or Inf; names the step and the rows."""
 
 
 class Parts(NamedTuple):
@@ -59,24 +57,24 @@ def run(c, workdir) -> dict:
   """
   started = time.monotonic()
   config.validate(c)
-  work = Workdir(workdir, c)
-  try:
-    parts = build(c)
-    try:
-      return Loop(parts, work).run(started)
-    finally:
-      parts.stream.close()
-  finally:
-    work.close()
+  with Stop() as stop, contextlib.closing(Workdir(workdir, c)) as work, disk_errors(workdir):
+    parts = build(c, str(work.scratch))
+    with contextlib.closing(parts.stream), contextlib.closing(Checkpoints(work.path / "checkpoints", c.checkpoint.keep, c.checkpoint.keep_best)) as saved:
+      done = work.read_json("summary.json")
+      if done and saved.steps()[-1:] == [parts.steps]:
+        print(f"step {parts.steps} is done already: nothing is left to do in {work.path}", file=sys.stderr)
+        return done
+      return Loop(parts, work, saved, stop).run(started)
 
 
-def build(c) -> Parts:
+def build(c, scratch: str | None = None) -> Parts:
   """Everything but the weights: cheap checks come before the expensive load."""
   mesh = sharding.make_mesh(c.mesh)
   sharding.check_batch(c, mesh)
   base = bases.open_base(c)
   template = get_template(c.data.template, base.tokenizer)
-  stream = make_stream(c.data, c.seed, base.tokenizer, template, c.batch_size, jax.process_index(), jax.process_count())
+  stream = make_stream(c.data, c.seed, base.tokenizer, template, c.batch_size, jax.process_index(), jax.process_count(),
+                       scratch=scratch)
   steps = c.steps or math.ceil(stream.rows(c.epochs) / c.batch_size)
   forward = decoder.make_forward(base.cfg, c.model.dtype, c.model.remat, c.model.attention, sharding.constrain_stream(mesh))
   policy = make_policy(c, forward, decoder.output_kernel, lambda rows: max(1, rows // sharding.row_shards(mesh)))
@@ -89,24 +87,22 @@ def build(c) -> Parts:
 class Loop:
   """One run over its state. The order of a step: collect, update, read the numbers of the step before, then what is due."""
 
-  def __init__(self, parts: Parts, work: Workdir):
-    self.p, self.work = parts, work
-    self.checkpoints = Checkpoints(work.path / "checkpoints", parts.c.checkpoint.keep, parts.c.checkpoint.keep_best)
+  def __init__(self, parts: Parts, work: Workdir, checkpoints: Checkpoints, stop: Stop):
+    self.p, self.work, self.checkpoints, self.stop = parts, work, checkpoints, stop
     self.state, self.frozen = self._start()
     self.restored = self._resume()
     where = jax.tree.map(lambda x: x.sharding, self.state)
     self.step = jax.jit(parts.method.step, donate_argnums=0, out_shardings=(where, sharding.replicated(parts.mesh)))
+    self.all_finite = jax.jit(lambda tree: jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all())
     self.batch_sharding = sharding.batch_sharding(parts.mesh)
     c = parts.c
     batches = make_eval_batches(c.data, c.seed, parts.base.tokenizer, parts.template, c.batch_size // c.micro_batches, jax.process_index(),
                                 jax.process_count(), c.eval.rows) if c.eval.every else []
     self.evaluation = Evaluation(parts.method, batches, parts.mesh)
     self.samples = Samples(c, parts.base.cfg, parts.template, parts.base.tokenizer) if c.sample.prompts else None
-    self.stop_signal: int | None = None
     self.pending: collections.deque = collections.deque()
-    self.last: dict = {}
-    self.evaluated: dict[int, dict] = {}
-    self.speeds: list[float] = []
+    self.last: dict = {}                  # the numbers of the newest step that was read
+    self.eval_loss: float | None = None   # of the step at hand
 
   def _start(self):
     c, mesh = self.p.c, self.p.mesh
@@ -121,45 +117,50 @@ class Loop:
     """The step to go on from: 0, or the newest whole checkpoint's."""
     if not (steps := self.checkpoints.steps()):
       return 0
-    self.state, data, meta = self.checkpoints.restore(steps[-1], self.state)
+    meta = self.checkpoints.meta(steps[-1])
     if self.p.base.source:
       check_same_base(self.p.base.source, meta["base"], self.work.path)
+    if meta["data"] != self.p.stream.fingerprint:
+      raise UserError(f"the training data is not what step {steps[-1]} in {self.work.path} was trained on", wanted="the same records, or another folder",
+                      knob="data.train.path or --workdir")
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
+    self.state = None                     # the fresh state goes before the saved one comes: the device holds one
+    self.state, data, _ = self.checkpoints.restore(steps[-1], like)
     self.p.stream.restore(data)
     return steps[-1]
 
   def run(self, started: float) -> dict:
     """Preflight, the steps that are left, summary."""
-    c, steps = self.p.c, self.p.steps
-    facts = self._preflight()
-    writers: list[Any] = [metrics.JsonLines(self.work.path / "metrics.jsonl", self.restored)]
-    writers += [metrics.TensorBoard(self.work.path / "tensorboard")] if c.log.tensorboard else []
-    self.terminal = metrics.Terminal(self.restored, steps)
-    self.writers = [*writers, self.terminal]
-    old = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    c, path = self.p.c, self.work.path
+    facts = preflight.check(self.p, self.state, self.frozen, self.evaluation, self.restored)
+    self.work.write_json("preflight.json", facts)
+    preflight.print_table(facts)
+    self.work.begin()
+    metrics.cut(path / "samples.jsonl", self.restored)
+    self.terminal = metrics.Terminal(self.restored, self.p.steps)
+    self.writers: list[Any] = [metrics.JsonLines(path / "metrics.jsonl", self.restored), self.terminal]
+    self.writers += [metrics.TensorBoard(path / "tensorboard", self.restored)] if c.log.tensorboard else []
+    self.stop.stepping = True
     try:
       self._steps()
       self.checkpoints.wait()
-      self.checkpoints.close()
     finally:
-      for number, handler in old.items():
-        signal.signal(number, handler)
       for writer in self.writers:
         writer.close()
     summary = self._summary(started, facts)
     self.work.write_json("summary.json", summary)
+    print(metrics.closing_line(summary, path), file=sys.stderr)
     return summary
 
   def _steps(self):
     c, steps = self.p.c, self.p.steps
-    if self.restored == 0:
+    if self.restored == 0 and c.eval.every:
       self._evaluate(0)
-    elif self.restored == steps:
-      self.terminal.say(f"step {steps} is done already; nothing is left to do")
     self.clock = time.monotonic()
     for number in range(self.restored + 1, steps + 1):
       self._one(number)
       evaluate = self._due(number, c.eval.every)
-      save = number == steps or self.stop_signal or self._due(number, c.checkpoint.every)
+      save = number == steps or self.stop.name or self._due(number, c.checkpoint.every)
       if evaluate or save:
         self._drain(0)
         if evaluate:
@@ -167,9 +168,9 @@ class Loop:
         if save:
           self._save(number)
         self.clock = time.monotonic()
-      if self.stop_signal and number < steps:
+      if self.stop.name and number < steps:
         self.checkpoints.wait()
-        raise Interrupted(f"{signal.Signals(self.stop_signal).name}: saved step {number} of {steps}; the same command goes on from there")
+        raise Interrupted(f"{self.stop.name}: saved step {number} of {steps}; the same command goes on from there")
 
   def _due(self, number: int, every: int) -> bool:
     return bool(every) and (number % every == 0 or number == self.p.steps)
@@ -186,6 +187,7 @@ class Loop:
       placed = sharding.place_batch(split_micro_batches(batch, self.p.c.micro_batches), self.batch_sharding)
       self.state, values = self.step(self.state, self.frozen, placed)
     self.pending.append((number, values, batches))
+    self.eval_loss = None
     self._drain(IN_FLIGHT - 1)
 
   def _drain(self, left: int):
@@ -194,22 +196,18 @@ class Loop:
       number, values, batches = self.pending.popleft()
       values = {name: float(value) for name, value in jax.device_get(values).items()}
       if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-        raise NonFinite(self._blame(number, values, batches))
+        raise NonFinite(self._blame(number, f"loss {values['loss']}, gradient norm {values['grad_norm']}", batches))
       now = time.monotonic()
-      tokens = int(sum((leaf > 0).sum() for batch in batches for leaf in _segments(batch))) * jax.process_count()
+      tokens = sum(map(metrics.count_tokens, batches)) * jax.process_count()
       seconds, self.clock = now - self.clock, now
       self.last = values | {"learning_rate": float(self.p.schedule(number - 1)), "tokens": tokens, "tokens_per_second": tokens / seconds,
                             "step_seconds": seconds}
-      if number > self.restored + 1:                # the first step compiles
-        self.speeds.append(tokens / seconds)
-      if number == 1 or number % self.p.c.log.every == 0 or number == self.p.steps:
+      self.batches = batches
+      if self._logged(number) and not self._due(number, self.p.c.eval.every):       # else the evaluation writes both as one
         self._write(number, self.last)
 
-  def _blame(self, number, values, batches):
-    rows = sorted({int(row) for batch in batches for row in np.ravel(batch[ROW_IDS])})
-    where = [place for row in rows[:4] for place in self.p.stream.where(row)[:2]]
-    return (f"step {number}: loss {values['loss']}, gradient norm {values['grad_norm']}; rows {rows[0]} to {rows[-1]} of the stream ({', '.join(where)} ...); "
-            f"the newest checkpoint is whole. Lower optim.learning_rate, set optim.clip_norm, or look at these rows")
+  def _logged(self, number: int) -> bool:
+    return number == 1 or number % self.p.c.log.every == 0 or number == self.p.steps
 
   def _write(self, number: int, values: dict):
     for writer in self.writers:
@@ -217,9 +215,9 @@ class Loop:
 
   def _evaluate(self, number: int):
     report = self.evaluation.run(self.state, self.frozen)
-    if report:
-      self.evaluated[number] = report
-      self._write(number, report)
+    self.eval_loss = report.get("eval_loss")
+    if report or (number and self._logged(number)):
+      self._write(number, self.last | report)
     if self.samples:
       shown = self.samples.run(self.p.policy.params(self.state.trainable, self.frozen))
       metrics.append_json(self.work.path / "samples.jsonl", [{"step": number} | sample for sample in shown])
@@ -228,56 +226,23 @@ class Loop:
 
   def _save(self, number: int):
     c, base = self.p.c, self.p.base
+    if not self.all_finite(self.state.trainable):
+      raise NonFinite(self._blame(number, "a parameter is NaN or Inf after its update", self.batches))
     lora = {key: c.lora[key] for key in ("rank", "alpha", "dropout", "rslora")} if c.lora.rank else None
     meta = run_meta(base.cfg, base.source, tokenizer=c.data.tokenizer, chat_template=self.p.template.chat_template,
                     end_of_turn_ids=(self.p.template.end_of_turn_id,), lora=lora,
                     nf4={"targets": c.nf4.targets, "double_quant": c.nf4.double_quant} if c.nf4.targets else None)
-    self.checkpoints.save(number, self.state, self.p.stream.state(), meta, self.evaluated.get(number, {}).get("eval_loss"))
+    self.checkpoints.save(number, self.state, self.p.stream.state(), meta | {"data": self.p.stream.fingerprint}, self.eval_loss)
 
-  def _preflight(self) -> dict:
-    p = self.p
-    report = dict(p.stream.report)
-    state = p.stream.state()
-    batch = next(p.stream)
-    p.stream.restore(state)
-    rows = len(batch["tokens"]) // p.c.micro_batches
-    part = {name: value[:rows] for name, value in batch.items()}
-    loss = lambda batch: self.evaluation.sums(self.state, self.frozen, batch)["loss"]
-    facts = {
-        "device": preflight.device_facts(p.mesh), "steps": p.steps, "resumed_from": self.restored,
-        "data": {key: report[key] for key in ("source", "records", "kept", "drops", "repairs", "format", "truncated", "longer_than_row")},
-        "tokens": {key: report[key] for key in ("tokens", "supervised_tokens", "tokens_per_example", "supervised_per_example", "bos_per_example")},
-        "template": {key: report[key] for key in ("template", "end_of_turn", "end_of_turn_trained")},
-        "packing": {key: report[key] for key in ("pack", "row_length", "rows_per_epoch", "packing_efficiency", "padding_share", "examples_per_row")},
-        "first_batch": preflight.check_rows(report, batch),
-        "packed_equals_unpacked": preflight.check_packing(p.c, loss, part),
-        "parameters": preflight.parameters(self.state.trainable, self.frozen),
-        "state_bytes_a_device": {"optimiser": sharding.bytes_a_device(self.state.opt), "aux": sharding.bytes_a_device(self.state.aux)},
-        "rules": preflight.rule_matches(p.c, self.state.trainable, self.frozen)}
-    self.work.write_json("preflight.json", facts)
-    preflight.print_table(facts)
-    return facts
+  def _blame(self, number: int, what: str, batches) -> str:
+    rows = sorted({int(row) for batch in batches for row in np.ravel(batch[ROW_IDS])})
+    where = [place for row in rows[:4] for place in self.p.stream.where(row)[:2]]
+    self.checkpoints.wait()
+    saved = f"step {self.checkpoints.steps()[-1]} is saved and whole" if self.checkpoints.steps() else "no step was saved before"
+    return (f"step {number}: {what}; rows {rows[0]} to {rows[-1]} of the stream ({', '.join(where)} ...); {saved}. "
+            f"Lower optim.learning_rate, set optim.clip_norm, or look at these rows")
 
   def _summary(self, started: float, facts: dict) -> dict:
-    losses = [line["loss"] for line in metrics.read_json_lines(self.work.path / "metrics.jsonl") if "loss" in line]
-    evals = [line["eval_loss"] for line in metrics.read_json_lines(self.work.path / "metrics.jsonl") if "eval_loss" in line]
-    return {"steps": self.p.steps, "train_loss_first": losses[0], "train_loss_last": losses[-1],
-            "eval_loss_before": evals[0] if evals else None, "eval_loss_after": evals[-1] if evals else None,
-            "tokens_per_second": float(np.median(self.speeds)) if self.speeds else None,
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "wall_seconds": time.monotonic() - started,
-            "resumed_from": self.restored, "parameters": facts["parameters"]}
-
-  def _on_signal(self, number, _frame):
-    if self.stop_signal:
-      raise KeyboardInterrupt            # the second time: at once; what is on disk is whole
-    self.stop_signal = number
-    self.terminal.say(f"{signal.Signals(number).name}: finishing this step, then saving (again to leave at once)")
-
-
-def _segments(batch):
-  """Every segment_ids array of a batch, nested or not."""
-  for name, value in batch.items():
-    if isinstance(value, dict):
-      yield from _segments(value)
-    elif name == "segment_ids":
-      yield value
+    return {"steps": self.p.steps, **metrics.summarise(metrics.read_json_lines(self.work.path / "metrics.jsonl")),
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+            "wall_seconds": time.monotonic() - started, "resumed_from": self.restored, "parameters": facts["parameters"]}

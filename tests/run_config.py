@@ -6,7 +6,7 @@ from configs import common
 
 
 def get_config(arg=None):
-  """:data=FILE,eval=FILE,mode=qlora|full. QLoRA with dropout and NEFTune; float32, for the runs are compared to the bit."""
+  """:data=FILE,eval=FILE,mode=qlora|full. QLoRA has dropout and NEFTune."""
   a = common.parse(arg, data="", eval="", mode="qlora")
   c = common.smoke(common.qlora(common.base()) if a.mode == "qlora" else common.full(common.base()))
   if a.mode == "qlora":

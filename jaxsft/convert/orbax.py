@@ -138,7 +138,10 @@ def run_tokenizer(directory: pathlib.Path, meta: dict[str, Any]):
   name = meta["tokenizer"]
   if not name:
     return open_base(meta["base"], directory).tokenizer()
-  return open_source(name).tokenizer() if name.endswith(".gguf") else load_tokenizer(pathlib.Path(name).expanduser())
+  path = pathlib.Path(name).expanduser()
+  if "/" not in name and not path.exists():  # a built-in one, such as "bytes": asking the hub would only take a minute
+    raise UserError(f"{directory} trained with the built-in tokenizer {name!r} and kept no copy", wanted=f"{directory}/tokenizer")
+  return open_source(name).tokenizer() if name.endswith(".gguf") else load_tokenizer(path)
 
 
 def write_orbax(out_dir, cfg: ModelConfig, leaves, tokenizer=None, *, dtype: str = "bfloat16", meta: dict[str, Any],

@@ -10,6 +10,8 @@ rows
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import signal
 import tempfile
 from multiprocessing import resource_tracker
@@ -56,16 +58,17 @@ class Stream:
 
   `state()` is {"row": n}, the first global row not yet taken; `restore` goes there. `report` holds the counts for the preflight table,
   `examples` the tokenised set, `where(row_id)` the files and lines behind a row. `close()` ends the worker processes.
+  What worker processes share is laid under `scratch` (None: the system's temporary folder).
   """
 
   def __init__(self, examples: Examples, length: int, pad_id: int, seed: int, batch_size: int, host: int = 0, hosts: int = 1,
-               pack: bool = True, workers: int = 0):
+               pack: bool = True, workers: int = 0, scratch: str | None = None):
     _check_batch(batch_size, hosts)
     self.examples, self.epochs = examples, Epochs(examples.lengths, length, seed, pack)
     self.source = RowSource(examples, self.epochs, pad_id, batch_size, host, hosts)
     self.batch_size, self.local_size, self.workers = batch_size, batch_size // hosts, workers
     self.report = examples.report | _row_report(examples, self.epochs.plan(0), length, pack)
-    self._batch = 0
+    self._batch, self._scratch = 0, scratch
     self._iterator: Any = None
     self._folder: tempfile.TemporaryDirectory | None = None
 
@@ -80,6 +83,14 @@ class Stream:
     first, part = self.epochs.first_row(whole), epochs - whole
     return first + (int(np.ceil(part * (self.epochs.first_row(whole + 1) - first))) if part else 0)
 
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Changes with any token or weight: a stream restored over other data would go on somewhere else without a word."""
+    digest = hashlib.blake2b(digest_size=16)
+    for array in (self.examples.tokens, self.examples.weights, self.examples.offsets):
+      digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
   def __iter__(self) -> Stream:
     return self
 
@@ -88,6 +99,11 @@ class Stream:
       batch = self._take()
     self._batch += 1
     return batch
+
+  def peek(self) -> dict[str, np.ndarray]:
+    """The next batch, made in this process and not taken."""
+    rows = [self.source[self._batch * self.local_size + place] for place in range(self.local_size)]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
   def _take(self) -> dict[str, np.ndarray]:
     if self._iterator is None:
@@ -134,7 +150,7 @@ class Stream:
 
   def _open(self):
     if self.workers and self._folder is None:
-      self._folder = tempfile.TemporaryDirectory(prefix="jaxsft-data-")
+      self._folder = tempfile.TemporaryDirectory(prefix="jaxsft-data-", dir=self._scratch)
       self.examples.spill(self._folder.name)
     rows = grain.MapDataset.source(self.source).slice(slice(self._batch * self.local_size, None))
     batches = rows.batch(self.local_size, drop_remainder=True).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
@@ -167,7 +183,7 @@ def pad_id(tokenizer) -> int:
 
 
 def make_stream(data, seed: int, tokenizer, template: Template, batch_size: int, host: int = 0, hosts: int = 1,
-                which: str = "train") -> Stream:
+                which: str = "train", scratch: str | None = None) -> Stream:
   """The stream of `which` ("train" or "eval"); `data` is the config's data part, `batch_size` counts the rows of all hosts.
 
   Raises UserError for whatever is wrong with the source, the format, the template or the sizes.
@@ -175,7 +191,7 @@ def make_stream(data, seed: int, tokenizer, template: Template, batch_size: int,
   examples = prepare(data, seed, tokenizer, template, which)
   if not len(examples):
     raise UserError(f"there is no {which} set", wanted="a path or a share of the training set", knob="data.eval.path or data.eval_share")
-  return Stream(examples, data.length, pad_id(tokenizer), seed, batch_size, host, hosts, data.pack, data.workers)
+  return Stream(examples, data.length, pad_id(tokenizer), seed, batch_size, host, hosts, data.pack, data.workers, scratch)
 
 
 class EvalBatches(list):

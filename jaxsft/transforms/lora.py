@@ -36,8 +36,31 @@ class LoRAKernel:
 
   def dot_input(self, x):
     inner = x if self.row_seeds is None else drop_rows(x, self.row_seeds, self.dropout)
-    low = jnp.dot(inner, self.a.astype(x.dtype))
-    return dot(x, self.base) + jnp.dot(low, self.b.astype(x.dtype)) * jnp.asarray(self.scale, x.dtype)
+    return dot(x, self.base) + low_rank(inner, (self.a * self.scale).astype(x.dtype), self.b.astype(x.dtype))
+
+
+@jax.custom_vjp
+def low_rank(x, a_IR, b_RO):
+  """(x A) B for x [..., in]. The backward pass is its own: products of flattened rows with the rank on the left side (XLA's own take 1.4 times
+  the whole step on a CPU: 10.4 against 7.4 s a 1,024 tokens of SmolLM2), and x A kept instead of made again."""
+  return jnp.dot(jnp.dot(x, a_IR), b_RO)
+
+
+def _low_rank_fwd(x, a_IR, b_RO):
+  low = jnp.dot(x, a_IR)
+  return jnp.dot(low, b_RO), (x, low, a_IR, b_RO)
+
+
+def _low_rank_bwd(residuals, dy):
+  x, low, a_IR, b_RO = residuals
+  rows = lambda z: z.reshape(-1, z.shape[-1])
+  dlow = jnp.dot(dy, b_RO.T)
+  da_IR = jnp.dot(rows(dlow).T, rows(x), preferred_element_type=jnp.float32).T.astype(a_IR.dtype)
+  db_RO = jnp.dot(rows(low).T, rows(dy), preferred_element_type=jnp.float32).astype(b_RO.dtype)
+  return jnp.dot(dlow, a_IR.T), da_IR, db_RO
+
+
+low_rank.defvjp(_low_rank_fwd, _low_rank_bwd)
 
 
 def drop_rows(x_BTI, seeds_B, rate: float):

@@ -169,6 +169,8 @@ def test_a_run_without_a_base_still_gives_its_adapter(tmp_path, capsys, shared):
                                  num_attention_heads=4))
   adapters = {"layers": {"mlp": {"up_proj": {"kernel": {"a": jnp.ones((1, 64, 4)), "b": jnp.ones((1, 4, 128))}}}}}
   run = save_run(tmp_path / "run", adapters, orbax.run_meta(cfg, tokenizer="bytes", chat_template="X", lora=LORA))
+  assert main([str(run), str(tmp_path / "bare")]) == 0
+  assert "note: no tokenizer is written" in (err := capsys.readouterr().err) and "built-in tokenizer 'bytes'" in err
   (run / "tokenizer").mkdir()
   write_tokenizer(run / "tokenizer", load_tokenizer(shared / "data/tokenizers/llama2"))
   convert(capsys, run, tmp_path / "out")

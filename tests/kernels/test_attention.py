@@ -81,21 +81,24 @@ def test_the_mask_is_the_golden_one(golden):
   np.testing.assert_array_equal(got[~real][:, real], 0)         # the golden's padding sees nothing, ours padding alone: finite either way, and never counted
 
 
-def toy_sum(tokens, segments, positions, dtype):
+def toy_sum(tokens, segments, positions):
   """(NLL sum, count) of the golden's one-layer model: our RoPE, attention, targets and chunked loss."""
+  batch = {"tokens": np.array([tokens]), "segment_ids": np.array([segments]), "positions": np.array([positions]), "weights": np.ones((1, len(tokens)), np.float32)}
+  labels, weights = next_token_targets(batch)
+  return float((np.asarray(toy_nll(batch, labels), np.float64) * weights).sum()), float(weights.sum())
+
+
+@jax.jit
+def toy_nll(batch, labels):
   rng = np.random.default_rng(0)
-  E, *W = (rng.normal(size=shape) for shape in ((11, 8), *[(8, 8)] * 4))
-  Wq, Wk, Wv, Wo = (w / math.sqrt(8) for w in W)
+  E, *W = (jnp.asarray(rng.normal(size=shape) / scale, jnp.float32) for shape, scale in (((11, 8), 1), *[((8, 8), math.sqrt(8))] * 4))
   cfg = ModelConfig(model_type="llama", vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
                     head_dim=8)
-  batch = {"tokens": np.array([tokens]), "segment_ids": np.array([segments]), "positions": np.array([positions]), "weights": np.ones((1, len(tokens)), np.float32)}
-  x = jnp.asarray(E, dtype)[batch["tokens"]]
-  heads = lambda W: (x @ jnp.asarray(W, dtype))[:, :, None]
+  x = E[batch["tokens"]]
+  q, k, v = ((x @ w)[:, :, None] for w in W[:3])
   turn = lambda x: rotate(x, rotations(batch["positions"], cfg))
-  mixed = attention(turn(heads(Wq)), turn(heads(Wk)), heads(Wv), batch["segment_ids"])[:, :, 0]
-  labels, weights = next_token_targets(batch)
-  nll = token_nll(x + mixed @ jnp.asarray(Wo, dtype), jnp.asarray(E, dtype).T, labels, 4, True)
-  return float((np.asarray(nll, np.float64) * weights).sum()), float(weights.sum())
+  mixed = attention(turn(q), turn(k), v, batch["segment_ids"])[:, :, 0]
+  return token_nll(x + mixed @ W[3], E.T, labels, 4, True)
 
 
 def test_the_loss_of_packed_rows_is_that_of_the_rows_apart(golden):
@@ -103,13 +106,13 @@ def test_the_loss_of_packed_rows_is_that_of_the_rows_apart(golden):
   (the golden's 1e-9 is for float64), and naive attention across segments is off by 3.65."""
   case = golden("packing")["loss_equality"]
   a, b = case["a"], case["b"]
-  apart = [toy_sum(tokens, [1] * len(tokens), range(len(tokens)), "float32") for tokens in (a, b)]
-  together = toy_sum(a + b, [1] * len(a) + [2] * len(b), [*range(len(a)), *range(len(b))], "float32")
-  padded = toy_sum(a + b + [0, 9], [1] * len(a) + [2] * len(b) + [0, 0], [*range(len(a)), *range(len(b)), 0, 0], "float32")
-  unreset = toy_sum(a + b, [1] * len(a) + [2] * len(b), range(len(a + b)), "float32")
+  apart = [toy_sum(tokens, [1] * len(tokens), range(len(tokens))) for tokens in (a, b)]
+  together = toy_sum(a + b, [1] * len(a) + [2] * len(b), [*range(len(a)), *range(len(b))])
+  padded = toy_sum(a + b + [0, 9], [1] * len(a) + [2] * len(b) + [0, 0], [*range(len(a)), *range(len(b)), 0, 0])
+  unreset = toy_sum(a + b, [1] * len(a) + [2] * len(b), range(len(a + b)))
   for value, count in (np.sum(apart, 0), together, padded, unreset):
     assert value == pytest.approx(case["packed_with_segments_sum"], abs=1e-5) and count == case["count"]
-  naive = toy_sum(a + b, [1] * len(a + b), range(len(a + b)), "float32")
+  naive = toy_sum(a + b, [1] * len(a + b), range(len(a + b)))
   assert naive == (pytest.approx(case["naive_causal_sum"], abs=1e-5), case["naive_count"])
 
 
