@@ -31,6 +31,7 @@ from jaxsft.transforms import tree as trees
 
 WIDEST = 256              # prompt tokens a row taken at once: bounds the memory of long prompts
 PREFILL_TOKENS = 4096     # the same over all rows of a batch
+LEAST = 32                # columns of the smallest program
 CALL_SECONDS = 0.2        # how long a call of `decode` should take when somebody is watching
 
 
@@ -63,13 +64,14 @@ class Generator:
     return [answer.tokens for answer in self.sample(params, prompts, **how)]
 
   def sample(self, params, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Iterable[int], temperature: float = 0.0,
-             top_k: int = 0, top_p: float = 1.0, seed: int = 0, batch_size: int = 16,
+             top_k: int = 0, top_p: float = 1.0, seed: int = 0, batch_size: int = 16, least_slots: int = 0,
              on_tokens: Callable[[int, list[int]], Any] | None = None) -> list[Answer]:
     """An Answer for each prompt, in the order given.
 
     params: the decoder's tree; kernels may be rich leaves (LoRA views, NF4), which are then dequantised at every token: see `prepare`.
     temperature 0 takes the likeliest token. Else logits / temperature, cut to the top_k likeliest (0: all; those level with the k-th stay),
     then to the likeliest that together reach top_p (at least one), as transformers does. stop_ids end a row.
+    least_slots: room for prompt and answer from the start, so that a conversation that grows compiles nothing.
     on_tokens(prompt's index, new tokens) is called as tokens come, several times a second; what it raises ends the generation.
     Errors: UserError for an empty prompt, one beyond the model's max_position_embeddings, and settings out of range.
     """
@@ -80,7 +82,9 @@ class Generator:
     slots = width = 0
     for indices in _batches([len(prompt) for prompt in prompts], batch_size):
       rows = batch_size if len(prompts) > batch_size else bucket(len(prompts), 1)
-      slots, width = _shape(self.cfg, [len(prompts[i]) for i in indices], rows, max_new_tokens, slots, width)
+      lengths = [len(prompts[i]) for i in indices]
+      width = _width(max(lengths), rows, width)
+      slots = _slots(max(lengths), max(_end(self.cfg, length, max_new_tokens) for length in lengths), width, slots, least_slots)
       tokens_BS, request = _request(self.cfg, {i: prompts[i] for i in indices}, rows, slots, max_new_tokens)
       state = self._run(params, tokens_BS, request | settings, indices, width, how, on_tokens)
       answers |= _answers(state, request, indices)
@@ -170,16 +174,19 @@ def _batches(lengths, batch_size):
   return [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _shape(cfg, lengths, rows, max_new_tokens, last_slots, last_width):
-  """(slots, width) of a batch: buckets, or what the batch before had."""
-  longest = max(lengths)
-  widest = max(16, min(WIDEST, PREFILL_TOKENS // rows))
-  chunks = -(-longest // widest)
-  width = bucket(-(-longest // chunks), 16)
-  width = last_width if width <= last_width <= 2 * width else width
-  needed = max(-(-longest // width) * width, max(_end(cfg, length, max_new_tokens) for length in lengths))
-  slots = bucket(needed, 32)
-  return last_slots if slots <= last_slots <= 2 * slots else slots, width
+def _width(longest, rows, last):
+  """Prompt tokens taken at once: enough for the longest prompt in as few equal parts as memory allows, or what the batch before had."""
+  widest = max(LEAST, min(WIDEST, PREFILL_TOKENS // rows))
+  width = LEAST
+  while width * -(-longest // widest) < longest:
+    width *= 2
+  return last if width <= last <= 2 * width else width
+
+
+def _slots(longest, end, width, last, least):
+  """Columns of a batch: prompts in whole parts of `width`, and their answers."""
+  slots = bucket(max(-(-longest // width) * width, end, least), LEAST)
+  return last if slots <= last <= 2 * slots else slots
 
 
 def _end(cfg, length, max_new_tokens):

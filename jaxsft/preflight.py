@@ -149,7 +149,7 @@ def _cell(name: str, value) -> str:
     return _text(name, value)
   inner = [key for key, item in value.items() if name == "rules" or (isinstance(item, dict) and item)]
   plain = {key: item for key, item in value.items() if key not in inner}
-  return "\n".join(([_text("", plain)] if plain or not inner else []) + [f"{_label(key)}: {_text(key, value[key])}" for key in inner])
+  return "\n".join(([_text(name, plain)] if plain or not inner else []) + [f"{_label(key)}: {_text(key, value[key])}" for key in inner])
 
 
 def _label(name: str) -> str:
@@ -162,7 +162,7 @@ def _text(name: str, value) -> str:
     return ", ".join(f"{_label(key)} {_text(f'{name} {key}', item)}" for key, item in value.items()) or "none"
   if isinstance(value, bool):
     return "yes" if value else "no"
-  if isinstance(value, (int, float)) and ("bytes" in name or name in ("optimiser", "aux")):
+  if isinstance(value, (int, float)) and "bytes" in name:
     return size(value)
   if isinstance(value, float):
     return f"{value:.1%}" if name.endswith(("share", "efficiency")) else f"{value:.4g}"

@@ -18,10 +18,8 @@ ROWS = ("data", "fsdp")        # both split the batch; fsdp splits the parameter
 RULES = [
     (r"embed_tokens/embedding", P("tensor", "fsdp")),
     (r"lm_head/kernel", P("fsdp", "tensor")),
-    (r"(q|k|v|gate|up)_proj/kernel/a$", P(None, "fsdp", None)),
-    (r"(q|k|v|gate|up)_proj/kernel/b$", P(None, None, "tensor")),
-    (r"(o|down)_proj/kernel/a$", P(None, "tensor", None)),
-    (r"(o|down)_proj/kernel/b$", P(None, None, "fsdp")),
+    (r"_proj/kernel/a$", P(None, ("fsdp", "tensor"), None)),      # by both, whichever the mesh has: an adapter and its moments are never whole on each device
+    (r"_proj/kernel/b$", P(None, None, ("fsdp", "tensor"))),
     (r"_proj/kernel/(absmax2|offset)$", P()),
     (r"(q|k|v|gate|up)_proj/kernel(/codes|/scales)?$", P(None, "fsdp", "tensor")),
     (r"(o|down)_proj/kernel(/codes|/scales)?$", P(None, "tensor", "fsdp")),
@@ -82,10 +80,18 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   for regex, wanted in RULES:
     if re.search(regex, path):
       axes = tuple(wanted)[-len(shape):] if len(tuple(wanted)) > len(shape) else tuple(wanted)
-      return P(*(axis if axis and shape[i] % mesh.shape[axis] == 0 else None for i, axis in enumerate(axes)))
+      return P(*(_dividing(axis, size, mesh) for axis, size in zip(axes, shape)))
   if len(shape) < 2:
     return P()
   raise UserError(f"no sharding rule covers {path!r} {shape}", wanted="a rule in jaxsft/sharding.py RULES")
+
+
+def _dividing(axes, size: int, mesh: Mesh):
+  """The axis, or as many of the first axes of a tuple as divide `size` together; None where not even one does."""
+  names = (axes,) if isinstance(axes, str) else tuple(axes or ())
+  while names and size % int(np.prod([mesh.shape[name] for name in names])):
+    names = names[:-1]
+  return names if len(names) > 1 else (names[0] if names else None)
 
 
 def shardings(tree, mesh: Mesh):

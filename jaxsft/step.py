@@ -70,7 +70,7 @@ def descend(objective, counts, make_tx):
       means = {term: value / window[term] for term, (value, _) in terms.items()}
       return sum(coefficient * means[term] for term, (_, coefficient) in terms.items()), (means, metrics)
     (loss, (means, metrics)), gradients = _walk(jax.value_and_grad(loss_of, has_aux=True), state.trainable, batch)
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     updates, opt = tx.update(gradients, state.opt, state.trainable)
     key = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), 0x0DD)
     trainable = apply_updates(state.trainable, updates, key)

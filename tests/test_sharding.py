@@ -38,20 +38,16 @@ def all_trees():
 
 
 def test_the_rules_cover_every_leaf_of_every_tree_and_no_rule_is_dead():
-  mesh, used = mesh_of(data=2, fsdp=2, tensor=2), set()
+  mesh, used = mesh_of(fsdp=8), set()
   for name, tree in all_trees():
-    for path, leaf in jax.tree_util.tree_leaves_with_path(sharding.shardings(tree, mesh)):
-      del path
-      assert leaf.mesh == mesh, name
+    sharding.shardings(tree, mesh)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
       text = jax.tree_util.keystr(path, simple=True, separator="/")
       rule = next((regex for regex, _ in sharding.RULES if re.search(regex, text)), None)
       used.add(rule)
       assert rule or len(leaf.shape) < 2, (name, text)
-      if leaf.size >= 4096 and not text.endswith("offset"):         # lesson 18: adapters, moments and codes are split, never whole on each device
-        spec = sharding.spec(text, leaf.shape, mesh)
-        split = {axis for axis in spec if axis}
-        assert split == ({"fsdp"} if text.endswith("kernel/a") and "o_proj" not in text and "down" not in text else split) and split, (name, text, spec)
+      if leaf.size >= 512:          # lesson 18: kernels, adapters, moments and codes are split, never whole on each device
+        assert "fsdp" in sharding.spec(text, leaf.shape, mesh), (name, text)
   assert used - {None} == {regex for regex, _ in sharding.RULES}
 
 
@@ -69,7 +65,8 @@ def test_moments_lie_where_their_parameters_lie():
     ("layers/self_attn/o_proj/kernel", (2, 64, 64), P(None, "tensor", "fsdp")),
     ("layers/mlp/down_proj/kernel/codes", (2, 64, 64), P(None, "tensor", "fsdp")),
     ("layers/mlp/up_proj/kernel/scales", (2, 1, 64), P(None, None, "tensor")),              # one block of inputs does not divide
-    ("opt/1/0/mu/layers/mlp/up_proj/kernel/b", (2, 4, 64), P(None, None, "tensor")),
+    ("opt/1/0/mu/layers/mlp/up_proj/kernel/b", (2, 4, 64), P(None, None, ("fsdp", "tensor"))),
+    ("trainable/layers/mlp/up_proj/kernel/a", (2, 66, 4), P(None, "fsdp", None)),           # 66 divides by two, not by four
     ("layers/mlp/up_proj/kernel", (64, 64), P("fsdp", "tensor")),                           # one layer alone
     ("layers/self_attn/q_proj/kernel", (2, 63, 64), P(None, None, "tensor")),
     ("layers/mlp/up_proj/kernel/offset", (), P()), ("rng", (2,), P()), ("step", (), P())])
@@ -112,8 +109,7 @@ def test_fsdp_over_eight_devices_holds_an_eighth_each(mode):
   trainable, frozen, opt, _ = method.init(tiny.quantise(c, decoder.init_params(cfg, jax.random.key(0))), jax.random.key(1))
   for tree in filter(jax.tree.leaves, (trainable, frozen, opt)):
     whole, part = (sharding.bytes_a_device(sharding.place(tree, mesh)) for mesh in (mesh_of(), mesh_of(fsdp=8)))
-    # what is not split: norms (3 x 512), NF4's second absmax; of a LoRA pair the side that tensor parallelism would split
-    assert whole / 8 <= part < whole * (0.13 if mode == tiny.FULL or tree is frozen else 0.6)
+    assert whole / 8 <= part < whole * 0.13           # what is not split: norms (3 x 512), NF4's second absmax, the count of steps
 
 
 def test_four_bit_codes_count_half_a_byte():
