@@ -16,7 +16,7 @@ HELD_OUT = Material(
   ),
   hello=lines("""
     Hey folks,
-    Greetings!
+    Hey you lovely people!
     Dear customer service,
     Good afternoon,
     To whom it may concern,"""),
@@ -45,9 +45,9 @@ HELD_OUT = Material(
   ),
   ask=dict(
     refund=lines("""
-      I'd be glad to see my payment for the {item} again; it split in two.
+      I'd be glad to get my money for this {item} again; it split in two.
       After one use the {item} fell to bits. What about my money?
-      Kindly refund what the {item} cost, since it arrived soaked.
+      Kindly refund the cost of our {item}, since it arrived soaked.
       Why is there no refund yet for the {item} we mailed back?
       You billed me double on that {item}. Return one payment.
       I'd like to be reimbursed: this {item} glows in the dark.
@@ -67,7 +67,7 @@ HELD_OUT = Material(
       Two weeks of waiting for one {item}! When's it coming?
       Is there news about the shipping of our {item}?"""),
     cancel=lines("""
-      I'd like to cancel the {item} we bought this morning.
+      Would you cancel the {item} we bought this morning.
       Please stop my {item} order, I was half asleep.
       We don't want the {item} any more, so don't ship it.
       Let's call off the {item}, our garden is flooded.

@@ -6,23 +6,29 @@ from .material import Material, lines, words
 
 TRAIN = Material(
   first=words("""
-    Adam Alan Alice Alma Amir Amy Andrea Anna Anton Arthur Aisha Barbara Ben Bella Bernard Beth Bill Brian Bruno Carl Carla Carlos
-    Caroline Chloe Chris Clara Colin Craig Daisy Daniel David Dennis Diana Diego Dylan Edith Edward Elena Eliza Emil Emma Eric Erin
-    Eva Fatima Felix Fiona Frank Fred Gabriel Gary George Gina Grace Greg Hannah Harry Hassan Heidi Helen Henry Holly Igor Ines Irene
-    Iris Isaac Jack Jade James Jane Jonas Jose Julia Karen Karim Kate Ken Kevin Kim Lara Laura Lena Leo Linda Lisa Louis Lucas Lucy
-    Manuel Maria Mark Marta Max Mei Mia Mila Mohamed Molly Nadia Naomi Neil Nick Nina Noah Omar Oscar Owen Patricia Paul Peter Philip
-    Rachel Ralph Rita Robert Roger Rosa Ruth Samuel Sam Sara Simon Sofia Sonia Stefan Steve Susan Sven Tara Teresa Theo Thomas Tim
-    Tina Tom Tony Tracy Uma Valentina Victor Vincent Wanda Wendy William Yara Yasmin Yuki Yusuf Zara"""),
+    Adam Aisha Alan Alice Alma Amina Amir Amy Andrea Anil Anna Anton Arjun Arthur Baptiste Barbara Bella Ben Bernard Beth Bill Bjorn
+    Brian Bruno Carl Carla Carlos Caroline Cedric Chidi Chloe Chris Clara Colin Craig Daisy Dalia Daniel David Deepak Dennis Diana
+    Diego Dmitri Dylan Ebru Edith Edward Elena Elias Eliza Emeka Emil Emma Eric Erin Eva Farid Fatima Felix Fernando Fiona Frank Fred
+    Freya Gabriel Gary George Gina Giovanni Grace Greg Gwen Hannah Harry Hassan Heidi Helen Henry Hilda Hiroshi Holly Igor Ikram Imani
+    Ines Irene Iris Isaac Isla Jack Jade James Jane Jerome Jonas Jorge Jose Julia Jurgen Karen Karim Katarina Kate Ken Kevin Kim Kwame
+    Lara Laura Leila Lena Leo Linda Ling Lionel Lisa Lorenzo Louis Lucas Lucy Malik Manuel Maria Mark Marta Max Mei Mia Miguel Mikael
+    Mila Milan Mohamed Molly Nadia Naomi Neil Nick Nikolai Nina Noah Oksana Olivia Omar Oscar Ottavia Owen Patricia Paul Pavel
+    Penelope Peter Philip Pierre Quincy Rachel Ralph Rashid Ricardo Rita Robert Roger Rohan Rosa Ruth Sam Samuel Sanjay Sara Saskia
+    Sergei Shira Simon Siobhan Sofia Sonia Stefan Steve Susan Sven Tara Tariq Teresa Theo Thomas Tim Tina Tom Tomas Tony Tracy Ulrike
+    Uma Umar Valentina Vanessa Victor Viktor Vincent Vivian Wanda Wei Wendy Wilhelm William Ximena Yara Yasmin Yolanda Yuki Yusuf
+    Zachary Zara Zeynep"""),
   last=words("""
-    Adams Ali Allen Alvarez Archer Bailey Baker Banks Barnes Becker Bell Bennett Berg Black Blake Brooks Brown Burns Byrne Cameron
-    Carter Castro Chan Chen Clark Cohen Cole Collins Cook Cooper Costa Cox Cruz Davis Diaz Dixon Duncan Eaton Edwards Evans Fernandez
-    Fischer Fisher Fletcher Ford Foster Fox Freeman Garcia Gibson Gomez Gordon Graham Gray Green Griffin Gupta Hall Hamilton Hansen
-    Harris Hart Hayes Hill Hoffman Holmes Howard Hughes Hunter Ibrahim Ivanov Jackson Jensen Johnson Jones Kane Keller Kelly Kennedy
-    Khan King Klein Knight Koch Kumar Lambert Lane Lawson Lee Lewis Lin Lopez Marino Marshall Martin Mason Meyer Miller Mitchell Moore
-    Morgan Morris Nelson Newman Nguyen Novak Obrien Ortiz Osman Owens Page Palmer Parker Patel Perez Perry Phillips Porter Powell
-    Price Reed Reyes Rivera Roberts Rogers Romano Rossi Russo Ryan Sanders Sato Schmidt Scott Shaw Silva Simpson Singh Smith Stewart
-    Stone Suzuki Tanaka Taylor Thompson Torres Tran Turner Underwood Valdez Volkov Walker Wallace Ward Watson White Wilson Wright Yang
-    Yilmaz Young Zhang"""),
+    Achebe Adams Aguilar Ali Allen Alvarez Archer Bailey Baker Banks Barnes Barros Becker Bell Bennett Berg Bianchi Black Blake
+    Boateng Brooks Brown Burns Byrne Cameron Carter Castro Chan Chaudhry Chen Clark Cohen Cole Collins Cook Cooper Correia Costa Cox
+    Cruz Davis Diaz Dixon Dubois Duncan Eaton Edwards Eriksson Evans Farouk Fernandez Fischer Fisher Fletcher Fontaine Ford Foster Fox
+    Freeman Garcia Gibson Goldberg Gomez Gordon Graham Gray Greco Green Griffin Gupta Hakimi Hall Hamilton Hansen Harris Hart Hayashi
+    Hayes Hill Hoffman Holmes Howard Hughes Hunter Ibrahim Ivanov Iversen Jackson Jankowski Jensen Johnson Jones Kane Keller Kelly
+    Kennedy Khan Kimura King Klein Knight Koch Kowalski Kumar Lambert Lane Laurent Lawson Leclerc Lee Lewis Lin Lopez Marino Marshall
+    Martin Mason Mbeki Meyer Miller Mitchell Moore Moreau Morgan Morris Mwangi Nelson Newman Nguyen Nilsson Novak Obrien Ojeda Ortiz
+    Osman Owens Oyelaran Page Palmer Papadakis Parker Patel Pereira Perez Perry Phillips Popescu Porter Powell Price Rahman Reed Reyes
+    Richter Rivera Roberts Rogers Romano Rossi Russo Ryan Sanders Sandoval Sato Schmidt Schneider Scott Shaw Silva Simpson Singh Smith
+    Sokolov Stewart Stone Suzuki Takahashi Tanaka Taylor Thompson Torres Tran Turner Ueda Underwood Valdez Vasquez Virtanen Volkov
+    Wagner Walker Wallace Ward Watson White Wilson Wright Xu Yang Yilmaz Young Zapata Zhang"""),
   items=(
     "alarm clock", "armchair", "banjo", "bathrobe", "bird house", "blender", "bookshelf", "camping stove", "candle holder",
     "coffee grinder", "desk lamp", "doormat", "electric kettle", "fish tank", "fountain pen", "garden gnome", "guitar", "hammock",
@@ -38,7 +44,11 @@ TRAIN = Material(
     Good morning,
     Dear Sir or Madam,
     Hello support,
-    Good evening,"""),
+    Good evening,
+    Hello!
+    Good day.
+    Hi all!
+    Dear shop,"""),
   bye=lines("""
     Thanks,
     Best,

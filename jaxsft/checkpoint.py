@@ -45,13 +45,13 @@ class Checkpoints:
 
   def __init__(self, directory, keep: int = 2, keep_best: bool = True, read_only: bool = False):
     policy = checkpoint_managers.preservation_policy
-    kept = [policy.LatestN(max(1, keep))]
+    kept, loss = [policy.LatestN(max(1, keep))], lambda metrics: metrics["eval_loss"]
     if keep_best:
-      kept.append(policy.BestN(get_metric_fn=lambda metrics: metrics["eval_loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False))
+      kept.append(policy.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False))
     self.directory = pathlib.Path(directory).absolute()
-    self._manager = ocp.CheckpointManager(
-        self.directory, options=ocp.CheckpointManagerOptions(preservation_policy=policy.AnyPreservationPolicy(kept), create=not read_only,
-                                                            read_only=read_only, cleanup_tmp_directories=not read_only))
+    self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
+        preservation_policy=policy.AnyPreservationPolicy(kept), best_fn=loss, best_mode="min",       # best_fn: else losses are not written for a restart
+        create=not read_only, read_only=read_only, cleanup_tmp_directories=not read_only))
 
   def steps(self) -> list[int]:
     """Complete checkpoints, oldest first."""

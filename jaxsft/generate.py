@@ -75,7 +75,8 @@ class Generator:
     on_tokens(prompt's index, new tokens) is called as tokens come, several times a second; what it raises ends the generation.
     Errors: UserError for an empty prompt, one beyond the model's max_position_embeddings, and settings out of range.
     """
-    _check(self.cfg, prompts, max_new_tokens, temperature, top_k, top_p, batch_size)
+    check_settings(max_new_tokens, temperature, top_k, top_p, batch_size)
+    _check_prompts(self.cfg, prompts)
     settings = _settings(stop_ids, temperature, top_k, top_p, seed)
     how = "greedy" if temperature == 0 else "filtered" if top_k or top_p < 1 else "free"
     answers: dict[int, Answer] = {}
@@ -146,20 +147,24 @@ def bucket(size: int, least: int) -> int:
   return power
 
 
-def _check(cfg, prompts, max_new_tokens, temperature, top_k, top_p, batch_size):
+def check_settings(max_new_tokens: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, batch_size: int = 16):
+  """Errors: UserError for a setting of `Generator.sample` that is out of range."""
   for found, good, wanted in ((f"max_new_tokens {max_new_tokens}", max_new_tokens >= 1, "at least 1"),
                               (f"temperature {temperature}", 0 <= temperature < float("inf"), "0 (greedy) or more"),
                               (f"top_k {top_k}", top_k >= 0, "0 (off) or more"), (f"top_p {top_p}", 0 < top_p <= 1, "above 0, at most 1"),
                               (f"batch_size {batch_size}", batch_size >= 1, "at least 1")):
     if not good:
       raise UserError(f"generation with {found}", wanted=wanted, knob=found.split()[0])
+
+
+def _check_prompts(cfg, prompts):
   for i, prompt in enumerate(prompts):
     if not len(prompt):
       raise UserError(f"prompt {i} is empty", wanted="at least one token, such as a BOS")
     if len(prompt) > cfg.max_position_embeddings:
       raise UserError(f"prompt {i} has {len(prompt)} tokens", wanted=f"at most the model's {cfg.max_position_embeddings} positions")
-    if min(prompt) < 0 or max(prompt) >= cfg.vocab_size:
-      raise UserError(f"prompt {i} holds the token {max(prompt)}", wanted=f"ids from 0 to {cfg.vocab_size - 1}")
+    if odd := [token for token in prompt if not 0 <= token < cfg.vocab_size]:
+      raise UserError(f"prompt {i} holds the token {odd[0]}", wanted=f"ids from 0 to {cfg.vocab_size - 1}")
 
 
 def _settings(stop_ids, temperature, top_k, top_p, seed):
@@ -299,8 +304,8 @@ def _largest(x_BV, weights_BV, enough):
 
 
 def _fetch(state):
-  """What the host needs of a state: all but the cache."""
-  return {name: np.asarray(state[name]) for name in ("tokens", "at", "stopped")}
+  """What the host needs of a state: all but the cache. Copies, as the next call takes the state's buffers."""
+  return {name: np.array(state[name]) for name in ("tokens", "at", "stopped")}
 
 
 def _answers(state, request, indices):

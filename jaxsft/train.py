@@ -18,7 +18,7 @@ from jaxsft import base as bases
 from jaxsft import config, metrics, optim, preflight, sharding
 from jaxsft.batch import ROW_IDS, split_micro_batches
 from jaxsft.checkpoint import Checkpoints
-from jaxsft.convert.orbax import check_same_base, run_meta
+from jaxsft.convert.orbax import check_same_base, keep_tokenizer, run_meta
 from jaxsft.data.pipeline import make_eval_batches, make_stream
 from jaxsft.data.template import get_template
 from jaxsft.errors import UserError
@@ -59,6 +59,7 @@ def run(c, workdir) -> dict:
   config.validate(c)
   with Stop() as stop, contextlib.closing(Workdir(workdir, c)) as work, disk_errors(workdir):
     parts = build(c, str(work.scratch))
+    keep_tokenizer(work.path, parts.base.tokenizer, parts.template.chat_template)
     with contextlib.closing(parts.stream), contextlib.closing(Checkpoints(work.path / "checkpoints", c.checkpoint.keep, c.checkpoint.keep_best)) as saved:
       done = work.read_json("summary.json")
       if done and saved.steps()[-1:] == [parts.steps]:

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 import pytest
+from runs import TESTS, assert_same_run, flags, leaves, numbers, record, start, steps, write_records
 
 from jaxsft import base as bases
-from jaxsft import main, metrics, train
+from jaxsft import main, train
 from jaxsft.evaluation import Evaluation
 from jaxsft.transforms import tree as trees
 from jaxsft.workdir import Workdir
-from runs import TESTS, assert_same_run, flags, leaves, numbers, record, start, steps, write_records
 
 LAST = 4
 LOGGED = {"step", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "tokens_per_second", "step_seconds"}
@@ -70,15 +70,15 @@ def stopped(data, tmp_path_factory):
 
 @contextlib.contextmanager
 def signalled(number, at):
-  """This process sends itself a signal when the numbers of step `at` are written."""
-  write = metrics.JsonLines.write
+  """This process sends itself a signal while step `at` is on its way."""
+  one = train.Loop._one
 
-  def write_and_send(self, step, values):
-    write(self, step, values)
+  def send_and_go_on(self, step):
     if step == at:
       os.kill(os.getpid(), number)
+    one(self, step)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(metrics.JsonLines, "write", write_and_send)
+    patch.setattr(train.Loop, "_one", send_and_go_on)
     yield
 
 
@@ -308,5 +308,5 @@ def test_no_evaluation_set_no_evaluation(data, tmp_path):
   argv = flags(data, tmp_path)
   code, said = run([argv[0].replace(f"eval={data / 'eval.jsonl'}", "eval="), *argv[1:]])
   assert code == 0, said
-  assert [line["step"] for line in numbers(tmp_path)] == [1, 2, 3, 4] and "eval" not in said[said.index("step 1/4"):]
+  assert [line["step"] for line in numbers(tmp_path)] == [1, 2, 3, 4] and "eval " not in said[said.index("step 1/4"):]
   assert json.loads((tmp_path / "summary.json").read_text())["eval_loss_after"] is None

@@ -47,7 +47,8 @@ def test_the_rules_cover_every_leaf_of_every_tree_and_no_rule_is_dead():
       used.add(rule)
       assert rule or len(leaf.shape) < 2, (name, text)
       if leaf.size >= 512:          # lesson 18: kernels, adapters, moments and codes are split, never whole on each device
-        assert "fsdp" in sharding.spec(text, leaf.shape, mesh), (name, text)
+        held = jax.sharding.NamedSharding(mesh, sharding.spec(text, leaf.shape, mesh)).shard_shape(leaf.shape)
+        assert np.prod(held) * 8 == leaf.size, (name, text)
   assert used - {None} == {regex for regex, _ in sharding.RULES}
 
 

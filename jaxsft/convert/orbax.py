@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+import shutil
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,16 @@ def check_same_base(source: Source, identity: dict[str, str], directory) -> None
   if identity.get("sha256") not in (None, "", source.identity["sha256"]):
     raise UserError(f"{source.path} is not the base of {directory}: its hash is {source.identity['sha256'][:12]}",
                     wanted=f"the base with hash {identity['sha256'][:12]} ({identity.get('path')})", knob="--base")
+
+
+def keep_tokenizer(workdir: pathlib.Path, tokenizer, chat_template: str) -> None:
+  """DIR/tokenizer, once: the very tokenizer and template that a run trains with, so that chat and exports need nothing else."""
+  if not (workdir / "tokenizer").is_dir():
+    partial = workdir / ".tokenizer"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    write_tokenizer(partial, tokenizer, chat_template)
+    partial.rename(workdir / "tokenizer")
 
 
 def run_tokenizer(directory: pathlib.Path, meta: dict[str, Any]):

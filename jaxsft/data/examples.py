@@ -23,6 +23,7 @@ from jaxsft.data.order import hashed
 from jaxsft.data.records import Records, read_records
 from jaxsft.data.template import Refused, Template
 from jaxsft.data.tokenise import encode_many
+from jaxsft.data.worker import follow_parent
 from jaxsft.errors import UserError
 
 CHUNK = 512        # records that one call of a worker takes
@@ -134,6 +135,7 @@ _worker: list[_Settings] = []      # the settings of this worker process, set on
 
 
 def _start_worker(settings) -> None:
+  follow_parent()
   _worker[:] = [settings]
 
 

@@ -27,6 +27,7 @@ from jaxsft.data.formats import Conversation, Message, canonicalise
 from jaxsft.data.order import Epochs
 from jaxsft.data.pack import assemble, pack_in_groups
 from jaxsft.data.template import Template
+from jaxsft.data.worker import follow_parent
 from jaxsft.errors import UserError
 
 ENDLESS = 2**31 - 1       # rows: row_ids are int32
@@ -38,6 +39,10 @@ class RowSource:
   def __init__(self, examples: Examples, epochs: Epochs, pad_id: int, batch_size: int, host: int, hosts: int):
     self.examples, self.epochs, self.pad_id = examples, epochs, pad_id
     self.batch_size, self.host, self.hosts = batch_size, host, hosts
+
+  def __setstate__(self, state) -> None:
+    self.__dict__.update(state)
+    follow_parent()                           # only a worker process gets its source by pickle
 
   def __len__(self) -> int:
     return ENDLESS // self.hosts
