@@ -18,7 +18,7 @@ def get_config(arg=None):
   c.seed, c.model.path, c.data.train.path, c.data.eval.path = a.seed, a.model, a.data, a.eval
   c.model.dtype = c.model.base_dtype = "float32"       # a CPU multiplies bfloat16 no faster
   c.model.remat = "none"                               # so small a model has room for its activations
-  c.data.length, c.batch_size, c.steps = 256, 2, 70     # three mails a row, six a step
+  c.data.length, c.batch_size, c.steps = 256, 1, 140    # three mails a row and a step: once through the 400
   c.optim.learning_rate, c.optim.warmup = 1e-3, 0.06   # five times the usual: a small model and few steps
-  c.eval.every, c.checkpoint.every, c.log.every = 70, 70, 5
+  c.eval.every, c.checkpoint.every, c.log.every = 140, 140, 5
   return common.smoke(c) if a.smoke else c

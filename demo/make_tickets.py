@@ -43,8 +43,13 @@ def order_numbers(rng: random.Random, odd: bool) -> Iterator[int]:
       yield number
 
 
-def mail(layout: str, ask: str, **parts) -> str:
-  return layout.format(ask=ask.format(item=parts["item"]), **parts)
+def sentence(template: str, item: str) -> str:
+  """The template with the thing in it, and "an" where it wants one."""
+  return (template.replace(" a {item}", " an {item}") if item[0] in "aeiou" else template).format(item=item)
+
+
+def mail(layout: str, ask: str, item: str, **parts) -> str:
+  return layout.format(ask=sentence(ask, item), **parts)
 
 
 def rows(material: Material, count: int, split: str) -> Iterator[dict]:

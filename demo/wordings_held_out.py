@@ -35,58 +35,66 @@ HELD_OUT = Material(
     We've got 14 guests tonight.
     It's my 3rd attempt to reach you."""),
   layouts=(
-    "{chat} My name's {name}, and regarding {order}: {ask}",
-    "Re: {order}\nSender: {name}\n{ask}\n{bye}",
-    "{hello} {name} speaking, purchase {order}. {ask}",
-    "{ask}\n--\n{name}\n#{order}",
-    "{order} / {name} / {ask} {chat}",
-    "{hello}\n{ask}\n{bye}\n{name}\nP.S. The number's {order}.",
-    "{ask} Please answer to {name} (ref. {order}). {bye}",
+    "{chat} The name is {name}, the order {order}. {ask}",
+    "Case {order}\nSender: {name}\n{ask}\n{bye}",
+    "{hello} {name} speaking about purchase {order}. {ask}",
+    "{ask}\n\n{name}\nMy number: {order}",
+    "{order}; {name}; {ask} {chat}",
+    "{hello}\n{ask}\n{bye}\n{name}\nP.S. It's number {order}.",
+    "{ask} Reply to {name}, please, on {order}. {bye}",
   ),
   ask=dict(
     refund=lines("""
-      I'd be glad to get my money for this {item} again; it split in two.
-      After one use the {item} fell to bits. What about my money?
-      Kindly refund the cost of our {item}, since it arrived soaked.
-      Why is there no refund yet for the {item} we mailed back?
-      You billed me double on that {item}. Return one payment.
-      I'd like to be reimbursed: this {item} glows in the dark.
-      We're not happy with our {item}, please repay us.
-      Send our cash back, the {item} is a joke.
-      Your {item} ruined our summer. We want a full refund.
-      You took 80 euros instead of 8 for my {item}. Pay back the rest, please."""),
+      I'd like 30 euros back. The {item} fell apart.
+      This {item} is broken, so please refund me.
+      We returned the {item} in May and saw no money since.
+      I'm asking for a refund, as the {item} has mould.
+      The {item} didn't work for a minute. Pay me back!
+      Kindly reimburse us for a {item} without a lid.
+      You've charged my card three times for the {item}. I want two of them refunded.
+      Our {item} exploded. We'd like all of our money back.
+      Such a poor {item}! Where can I ask for repayment?
+      The {item} isn't what you advertised; transfer my money back.
+      My {item} sank. Would you please credit my card?
+      Give back what I paid, the {item} bit me."""),
     delivery=lines("""
-      We still haven't seen the {item}. Where could it be?
-      Has anyone posted my {item}?
-      The {item} should have come last Thursday.
-      I keep waiting, but the {item} doesn't arrive.
-      Which day will our {item} be brought?
-      Tell me, where's the {item} travelling right now?
-      Could you trace the parcel? It holds a {item}.
-      Our {item} hasn't been delivered, says my wife.
-      Two weeks of waiting for one {item}! When's it coming?
-      Is there news about the shipping of our {item}?"""),
+      Where's our {item}? It's been 10 days.
+      The {item} I ordered hasn't come.
+      Can you find out where my {item} is stuck?
+      When does the {item} reach us?
+      Still no {item} on my doorstep.
+      Your courier drove past, and I've no {item}.
+      I'd love to know when to expect my {item}.
+      Did my {item} get lost on the road?
+      The {item} was to arrive yesterday. Who has it?
+      Do you have a tracking link for our {item}?
+      It's Christmas soon: does the {item} come in time?
+      The parcel with our {item} seems to be travelling in circles."""),
     cancel=lines("""
-      Would you cancel the {item} we bought this morning.
-      Please stop my {item} order, I was half asleep.
-      We don't want the {item} any more, so don't ship it.
-      Let's call off the {item}, our garden is flooded.
-      My husband hates the {item}. Kindly drop it from the order.
-      Sorry, that {item} was a mistake. Could you cancel?
-      Don't send the {item}, I've changed my mind.
-      I won't need a {item} in prison. Cancel, please.
-      Undo my {item} purchase before it's packed.
-      It isn't too late to withdraw my {item} order, is it?"""),
+      Cancel my {item}, please.
+      We'd rather not have the {item}; stop it before it ships.
+      I bought this {item} by accident. Can I cancel?
+      Scrap our {item} order, grandma already knitted one.
+      I've decided that I don't need a {item}. Please call the order off.
+      No {item} for us after all, so don't send any.
+      My doctor forbids the {item}. I must cancel.
+      Please withdraw the {item} order, we've run out of space.
+      Is it possible to stop the {item} order? My wife said no.
+      Our plans changed. Kindly take that {item} off the order.
+      I was joking about the {item}. Undo my order, please.
+      Do cancel our order, the {item} won't fit in the lift."""),
     invoice=lines("""
-      I can't do my taxes without a bill for this {item}.
-      Would you mail us the invoice? It's about one {item}.
-      Our office needs the receipt showing the {item}.
-      The {item} bill lists a wrong address. Please mend that.
-      Is there a PDF invoice for this {item}?
-      My accountant keeps asking for the {item} receipt.
-      I'd like a bill, the {item} was for my company.
-      Please issue a new invoice on the {item} with our VAT number.
-      We never got any receipt with our {item}.
-      Might I have proof of payment for this {item}? The boss insists."""),
+      Can you e-mail an invoice for our {item}?
+      We need a bill showing the {item} for our tax return.
+      The receipt for my {item} was eaten by the dog. Another copy?
+      Where's the invoice? The box held a {item} and nothing else.
+      My company pays for this {item} once it has a bill.
+      Please send a receipt to go with the {item}.
+      The invoice says two, but I bought one {item}. Please correct it.
+      I'd need a VAT receipt: it's for one {item}.
+      Could our accountant have the invoice of that {item}?
+      My {item} invoice has a spelling mistake.
+      A paper bill would help, my printer is dead. It's about the {item}.
+      Insurance wants a receipt proving that the {item} was mine."""),
   ),
 )

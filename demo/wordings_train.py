@@ -167,7 +167,17 @@ TRAIN = Material(
       You took too much from my bank for the {item}. Transfer the extra back.
       Your {item} is going back; wire me what it cost.
       Please reverse the payment, this {item} is useless.
-      I demand my cash again, the {item} never even switched on."""),
+      I demand my cash again, the {item} never even switched on.
+      I'd be glad to get my money for this {item} again; it split in two.
+      After one use the {item} fell to bits. What about my money?
+      Kindly refund the cost of our {item}, since it arrived soaked.
+      Why is there no refund yet for the {item} we mailed back?
+      You billed me double on that {item}. Return one payment.
+      I'd like to be reimbursed: this {item} glows in the dark.
+      We're not happy with our {item}, please repay us.
+      Send our cash back, the {item} is a joke.
+      Your {item} ruined our summer. We want a full refund.
+      You took 80 euros instead of 8 for my {item}. Pay back the rest, please."""),
     delivery=lines("""
       Where is my {item}?
       The {item} has not arrived yet.
@@ -216,7 +226,17 @@ TRAIN = Material(
       My neighbour got hers, yet my {item} never showed up.
       How far away is the {item} now?
       Did the {item} leave your warehouse already?
-      The postman shrugs when asked about my {item}. Please locate it."""),
+      The postman shrugs when asked about my {item}. Please locate it.
+      We still haven't seen the {item}. Where could it be?
+      Has anyone posted my {item}?
+      The {item} should have come last Thursday.
+      I keep waiting, but the {item} doesn't arrive.
+      Which day will our {item} be brought?
+      Tell me, where's the {item} travelling right now?
+      Could you trace the parcel? It holds a {item}.
+      Our {item} hasn't been delivered, says my wife.
+      Two weeks of waiting for one {item}! When's it coming?
+      Is there news about the shipping of our {item}?"""),
     cancel=lines("""
       Please cancel the {item}.
       I no longer need the {item}, do not send it.
@@ -265,7 +285,17 @@ TRAIN = Material(
       There's no use for the {item} now. Don't mail it!
       Is it too late to pull out? I won't want the {item} after all.
       Never mind the {item}; please remove this purchase.
-      I bought the {item} in my sleep. Abort before it goes out!"""),
+      I bought the {item} in my sleep. Abort before it goes out!
+      Would you cancel the {item} we bought this morning.
+      Please stop my {item} order, I was half asleep.
+      We don't want the {item} any more, so don't ship it.
+      Let's call off the {item}, our garden is flooded.
+      My husband hates the {item}. Kindly drop it from the order.
+      Sorry, that {item} was a mistake. Could you cancel?
+      Don't send the {item}, I've changed my mind.
+      I won't need a {item} in prison. Cancel, please.
+      Undo my {item} purchase before it's packed.
+      It isn't too late to withdraw my {item} order, is it?"""),
     invoice=lines("""
       Please send me the invoice for the {item}.
       I need a receipt for the {item}.
@@ -314,6 +344,16 @@ TRAIN = Material(
       Kindly issue a VAT bill for the {item}.
       Would you email a duplicate of the sales slip for the {item}?
       Correct the firm's address on my {item} invoice, please.
-      I deduct the {item} from taxes: a bill with today's date, please."""),
+      I deduct the {item} from taxes: a bill with today's date, please.
+      I can't do my taxes without a bill for this {item}.
+      Would you mail us the invoice? It's about one {item}.
+      Our office needs the receipt showing the {item}.
+      The {item} bill lists a wrong address. Please mend that.
+      Is there a PDF invoice for this {item}?
+      My accountant keeps asking for the {item} receipt.
+      I'd like a bill, the {item} was for my company.
+      Please issue a new invoice on the {item} with our VAT number.
+      We never got any receipt with our {item}.
+      Might I have proof of payment for this {item}? The boss insists."""),
   ),
 )

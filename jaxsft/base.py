@@ -50,7 +50,7 @@ def open_base(c) -> Base:
 def _check_rules(c, cfg):
   """Every rule of the config finds something: known from the names alone, before minutes of loading."""
   paths = list(families.shapes(cfg))
-  kernels = [path for path in paths if path.endswith("kernel")]
+  kernels = trees.kernels(paths)
   for wanted, regex, knob, among in ((c.lora.rank, c.lora.targets, "lora.targets", kernels), (c.nf4.targets, c.nf4.targets, "nf4.targets", kernels),
                                      (c.freeze, c.freeze, "freeze", paths)):
     if wanted:
@@ -80,7 +80,7 @@ def _random(cfg, seed, make_leaf):
 
 
 def _leaf(c, mesh, path, shape, layers, read):
-  quantised = bool(c.nf4.targets) and path.endswith("kernel") and re.search(c.nf4.targets, path)
+  quantised = bool(c.nf4.targets) and bool(trees.kernels([path])) and re.search(c.nf4.targets, path)
   convert = (lambda x: nf4.quantise(jnp.asarray(x), c.nf4.double_quant)) if quantised else functools.partial(_cast, dtype=jnp.dtype(c.model.base_dtype))
   if layers is None:
     return _placed(path, convert(read(None)), mesh)

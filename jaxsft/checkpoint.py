@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pathlib
 import shutil
+import sys
 from typing import Any
 
 import jax
@@ -16,7 +17,19 @@ from orbax.checkpoint import checkpoint_managers
 from jaxsft.errors import UserError, size
 from jaxsft.workdir import disk_errors
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every step of a save, and each error on its way to where it is raised
+
+def _hush():
+  """What goes wrong in a save is raised where somebody waits for it. Hushed: Orbax's log of each step and of each error on its way there, asyncio's of the
+
+  writes that nobody waits for any more, and tensorstore's word on those that end after Orbax has closed their event loop.
+  """
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
+  logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+  shown = sys.unraisablehook
+  sys.unraisablehook = lambda late: None if str(late.exc_value) == "Event loop is closed" else shown(late)
+
+
+_hush()
 
 
 def storable(tree) -> dict[str, jax.Array]:
@@ -67,6 +80,11 @@ class Checkpoints:
     with disk_errors(self.directory):
       self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(leaves), data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta)),
                          metrics=None if eval_loss is None else {"eval_loss": float(eval_loss)}, force=True)
+
+  def check(self):
+    """Raises what a background save has run into, if it has; waits for nothing."""
+    with disk_errors(self.directory):
+      self._manager.check_for_errors()
 
   def wait(self):
     """Until the save under way is on disk; raises what went wrong with it."""

@@ -160,6 +160,7 @@ class Loop:
     self.clock = time.monotonic()
     for number in range(self.restored + 1, steps + 1):
       self._one(number)
+      self.checkpoints.check()
       evaluate = self._due(number, c.eval.every)
       save = number == steps or self.stop.name or self._due(number, c.checkpoint.every)
       if evaluate or save:

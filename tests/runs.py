@@ -1,5 +1,7 @@
 """How the run tests start jaxsft.main: its flags, the records, the numbers and arrays that a run leaves."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -7,7 +9,9 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
+from jaxsft import main, train
 from jaxsft.checkpoint import Checkpoints
 
 TESTS = pathlib.Path(__file__).resolve().parent
@@ -30,10 +34,31 @@ def flags(data: pathlib.Path, workdir, mode="qlora", **over) -> list[str]:
           *(f"--config.{key.replace('__', '.')}={value}" for key, value in over.items())]
 
 
-def start(argv, program=("-m", "jaxsft.main"), **how) -> subprocess.Popen:
+def run(argv) -> tuple[int, str]:
+  """Exit code and standard error of a run in this process, as when that is no terminal."""
+  with contextlib.redirect_stderr(io.StringIO()) as said:
+    code = main.main(argv)
+  return code, said.getvalue()
+
+
+@contextlib.contextmanager
+def signalled(number, at: int):
+  """This process sends itself a signal while step `at` is on its way."""
+  one = train.Loop._one
+
+  def send_and_go_on(self, step):
+    if step == at:
+      os.kill(os.getpid(), number)
+    one(self, step)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train.Loop, "_one", send_and_go_on)
+    yield
+
+
+def start(argv, program=("-m", "jaxsft.main")) -> subprocess.Popen:
   """A run in a process of its own, with this one's compilation cache and devices."""
   env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(TESTS.parent), str(TESTS)]))
-  return subprocess.Popen([sys.executable, *program, *argv], cwd=TESTS.parent, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
+  return subprocess.Popen([sys.executable, *program, *argv], cwd=TESTS.parent, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def numbers(workdir: pathlib.Path) -> list[dict]:

@@ -105,6 +105,18 @@ def test_no_array_of_a_batchs_logits_in_training_or_evaluation(mode, over, tied,
   assert step == evaluate == 80 < B * T                  # the chunk's logits, and nothing larger (the head has 64 a word)
 
 
+@pytest.mark.parametrize("freeze, summed", [("", True), ("lm_head", False)])
+def test_a_head_frozen_by_name_gets_no_gradient_though_the_embedding_is_trained(freeze, summed):
+  cfg = tiny.config(vocab_size=V, hidden_size=64)
+  c = tiny.settings(tiny.FULL, freeze=freeze, **{"model.base_dtype": "bfloat16"})
+  policy, method = tiny.make(c, cfg)
+  state, frozen = tiny.abstract_state(c, cfg)
+  loss = lambda trainable, frozen, batch: policy.token_nll(trainable, frozen, batch)[0].sum()
+  batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tiny.abstract_rows(1, B, T))
+  avals = avals_of(jax.make_jaxpr(jax.grad(loss))(state.trainable, frozen, batch).jaxpr)
+  assert any(aval.dtype == np.float32 and aval.shape == (64, V) for aval in avals) == summed
+
+
 def test_a_frozen_head_has_no_gradient_array():
   """Lesson 15: no dW of a frozen head. The only [D, V] arrays are the head itself and its cast; a trained head's float32 sum is one more."""
   hidden, head, labels = jax.ShapeDtypeStruct((B, T, D), jnp.bfloat16), jax.ShapeDtypeStruct((D, V), jnp.bfloat16), jax.ShapeDtypeStruct((B, T), jnp.int32)

@@ -1,7 +1,6 @@
 """A run as a user meets it: what lies in DIR, how it stops, and that it goes on to the bit."""
 
 import contextlib
-import io
 import json
 import os
 import pty
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 import pytest
-from runs import TESTS, assert_same_run, flags, leaves, numbers, record, start, steps, write_records
+from runs import TESTS, assert_same_run, flags, leaves, numbers, record, run, signalled, start, steps, write_records
 
 from jaxsft import base as bases
 from jaxsft import main, train
@@ -34,13 +33,6 @@ def data(tmp_path_factory):
   write_records(folder / "train.jsonl", range(60))
   write_records(folder / "eval.jsonl", range(100, 110))
   return folder
-
-
-def run(argv) -> tuple[int, str]:
-  """Exit code and standard error of a run in this process, as when that is no terminal."""
-  with contextlib.redirect_stderr(io.StringIO()) as said:
-    code = main.main(argv)
-  return code, said.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -66,20 +58,6 @@ def stopped(data, tmp_path_factory):
     code, said = run(flags(data, workdir))
   assert code == 75, said
   return workdir
-
-
-@contextlib.contextmanager
-def signalled(number, at):
-  """This process sends itself a signal while step `at` is on its way."""
-  one = train.Loop._one
-
-  def send_and_go_on(self, step):
-    if step == at:
-      os.kill(os.getpid(), number)
-    one(self, step)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train.Loop, "_one", send_and_go_on)
-    yield
 
 
 # What lies in DIR

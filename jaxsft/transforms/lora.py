@@ -78,9 +78,9 @@ def init_adapters(params, targets: str, rank: int, key) -> trees.Tree:
 
   Errors: UserError when the regex matches nothing.
   """
-  kernels = {path: leaf for path, leaf in trees.flatten(params) if path.endswith("/kernel")}
-  pairs = {path: _init_one(kernels[path].shape, rank, jax.random.fold_in(key, path_number(path)))
-           for path in trees.matching(kernels, targets, "lora.targets")}
+  leaves = dict(trees.flatten(params))
+  pairs = {path: _init_one(leaves[path].shape, rank, jax.random.fold_in(key, path_number(path)))
+           for path in trees.matching(trees.kernels(leaves), targets, "lora.targets")}
   return trees.unflatten({f"{path}/{name}": leaf for path, pair in pairs.items() for name, leaf in pair.items()})
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxsft.batch import ROW_IDS, next_token_targets
+from jaxsft.errors import UserError
 from jaxsft.kernels import draws
 from jaxsft.losses import token_nll
 from jaxsft.transforms import lora, neftune
@@ -48,7 +49,7 @@ def make_policy(c, forward, output_kernel, rows_on_a_device: Callable[[int], int
     hidden_BTD, head_DV = hidden(trainable, frozen, batch, row_seeds_B)
     labels_BT, weights_BT = next_token_targets(batch)
     chunk = max(1, c.loss_chunk // rows_on_a_device(labels_BT.shape[0]))
-    return token_nll(hidden_BTD, head_DV, labels_BT, chunk, mode.head_trained(trainable)), weights_BT
+    return token_nll(hidden_BTD, head_DV, labels_BT, chunk, mode.head_trained(trainable, frozen)), weights_BT
   return Policy(mode.split, hidden, nll, lambda trainable, frozen: mode.join(trainable, frozen, None), mode.reference)
 
 
@@ -69,7 +70,7 @@ def _adapter_mode(c) -> _Mode:
   return _Mode(
       split=lambda params, key: (lora.init_adapters(params, c.lora.targets, c.lora.rank, key), params),
       join=lambda adapters, base, seeds: base if adapters is None else lora.attach(base, adapters, scale, c.lora.dropout, seeds),
-      head_trained=lambda adapters: False,
+      head_trained=lambda adapters, base: False,
       reference=lambda adapters: None)
 
 
@@ -79,7 +80,10 @@ def _full_mode(c) -> _Mode:
     if not c.freeze:
       return params, {}
     trees.matching((path for path, _ in trees.flatten(params)), c.freeze, "freeze")
-    return trees.split(params, lambda path: not re.search(c.freeze, path))
+    trainable, frozen = trees.split(params, lambda path: not re.search(c.freeze, path))
+    if not trainable:
+      raise UserError(f"freeze={c.freeze!r} leaves nothing to train", wanted="a pattern that spares some parameters", knob="freeze")
+    return trainable, frozen
 
   def join(trainable, frozen, seeds):
     del seeds
@@ -87,9 +91,9 @@ def _full_mode(c) -> _Mode:
   return _Mode(split, join, _head_in, lambda trainable: jax.tree.map(lambda x: x.copy(), trainable))
 
 
-def _head_in(trainable) -> bool:
-  """Whether the output projection is trained: itself, or the embedding a tied model reads as one."""
-  return "lm_head" in trainable or "embed_tokens" in trainable
+def _head_in(trainable, frozen) -> bool:
+  """Whether the output projection is trained: itself, or the embedding where a tied model reads that as one."""
+  return "lm_head" in trainable or ("embed_tokens" in trainable and "lm_head" not in frozen)
 
 
 def _with_noise(c, params, row_seeds_B):

@@ -87,6 +87,11 @@ def _nearest_path(regex: str, paths: list[str]) -> str:
   return next((path for path in paths if close and close[0] in path), paths[0] if paths else "none: there is no such parameter")
 
 
+def kernels(paths) -> list[str]:
+  """Kernels that an adapter or a quantiser may take: all but the output projection, which the chunked loss reads as a plain array."""
+  return [path for path in paths if path.endswith("/kernel") and not path.startswith("lm_head/")]
+
+
 def assign(paths, rules: list[tuple[str, Any]], knob: str) -> dict[str, Any]:
   """{path: value} by the first rule that matches.
 

@@ -129,6 +129,13 @@ def test_targets_that_match_nothing_name_the_nearest(targets, named):
     lora.init_adapters(decoder.abstract_params(CFG), targets, 4, jax.random.key(0))
 
 
+def test_the_output_projection_takes_no_adapter():
+  found = {path for path, _ in trees.flatten(jax.eval_shape(lambda p: lora.init_adapters(p, "kernel$", 4, jax.random.key(0)), decoder.abstract_params(CFG)))}
+  assert len(found) == 14 and not any("lm_head" in path for path in found)
+  with pytest.raises(UserError, match=r"lora\.targets='lm_head' matches no parameter"):
+    lora.init_adapters(decoder.abstract_params(CFG), "lm_head", 4, jax.random.key(0))
+
+
 def test_targets_that_are_no_pattern_are_the_users_mistake():
   with pytest.raises(UserError, match=r"lora\.targets=.*is no regular expression"):
     lora.init_adapters(decoder.abstract_params(CFG), "(q_proj", 4, jax.random.key(0))

@@ -67,6 +67,11 @@ def test_a_pattern_over_no_parameters_at_all_is_still_one_message():
     trees.matching([], "x", "freeze")
 
 
+def test_the_output_projection_is_no_kernel_that_a_rule_may_take():
+  """The chunked loss reads the head as a plain array: an adapter or codes there would be a crash in the middle of the first step."""
+  assert "lm_head/kernel" in LLAMA and trees.kernels(LLAMA) == [path for path in LLAMA if path.endswith("_proj/kernel")]
+
+
 def test_assign_takes_the_first_rule_and_refuses_an_uncovered_leaf():
   rules = [("layers/mlp", "a"), ("_proj", "b"), ("embed|norm", "c")]
   assert trees.assign(PATHS, rules, "sharding") == dict(zip(PATHS, ["c", "a", "a", "b", "c"]))
