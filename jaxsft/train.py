@@ -59,10 +59,9 @@ def run(c, workdir) -> dict:
   config.validate(c)
   with Stop() as stop, contextlib.closing(Workdir(workdir, c)) as work, disk_errors(workdir):
     parts = build(c, str(work.scratch))
-    keep_tokenizer(work.path, parts.base.tokenizer, parts.template.chat_template)
     with contextlib.closing(parts.stream), contextlib.closing(Checkpoints(work.path / "checkpoints", c.checkpoint.keep, c.checkpoint.keep_best)) as saved:
       done = work.read_json("summary.json")
-      if done and saved.steps()[-1:] == [parts.steps]:
+      if done and done.get("steps") == parts.steps and saved.steps()[-1:] == [parts.steps]:
         print(f"step {parts.steps} is done already: nothing is left to do in {work.path}", file=sys.stderr)
         return done
       return Loop(parts, work, saved, stop).run(started)
@@ -74,8 +73,7 @@ def build(c, scratch: str | None = None) -> Parts:
   sharding.check_batch(c, mesh)
   base = bases.open_base(c)
   template = get_template(c.data.template, base.tokenizer)
-  stream = make_stream(c.data, c.seed, base.tokenizer, template, c.batch_size, jax.process_index(), jax.process_count(),
-                       scratch=scratch)
+  stream = make_stream(c.data, c.seed, base.tokenizer, template, c.batch_size, jax.process_index(), jax.process_count(), scratch=scratch)
   steps = c.steps or math.ceil(stream.rows(c.epochs) / c.batch_size)
   forward = decoder.make_forward(base.cfg, c.model.dtype, c.model.remat, c.model.attention, sharding.constrain_stream(mesh))
   policy = make_policy(c, forward, decoder.output_kernel, lambda rows: max(1, rows // sharding.row_shards(mesh)))
@@ -137,6 +135,7 @@ class Loop:
     self.work.write_json("preflight.json", facts)
     preflight.print_table(facts)
     self.work.begin()
+    keep_tokenizer(path, self.p.base.tokenizer, self.p.template.chat_template)
     metrics.cut(path / "samples.jsonl", self.restored)
     self.terminal = metrics.Terminal(self.restored, self.p.steps)
     self.writers: list[Any] = [metrics.JsonLines(path / "metrics.jsonl", self.restored), self.terminal]
@@ -202,8 +201,8 @@ class Loop:
       now = time.monotonic()
       tokens = sum(map(metrics.count_tokens, batches)) * jax.process_count()
       seconds, self.clock = now - self.clock, now
-      self.last = values | {"learning_rate": float(self.p.schedule(number - 1)), "tokens": tokens, "tokens_per_second": tokens / seconds,
-                            "step_seconds": seconds}
+      rates = {"tokens": tokens, "tokens_per_second": tokens / seconds, "step_seconds": seconds}
+      self.last = values | {"learning_rate": float(self.p.schedule(number - 1))} | rates
       self.batches = batches
       if self._logged(number) and not self._due(number, self.p.c.eval.every):       # else the evaluation writes both as one
         self._write(number, self.last)

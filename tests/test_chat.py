@@ -57,7 +57,7 @@ def test_characters_of_several_tokens_are_written_whole(size):
   assert text == "".join(pieces) == TEXT and "\ufffd" not in text and len(pieces) > len(ids) // (size + 3)
 
 
-@pytest.mark.parametrize("name", ["llama2", "chinese_llama", "qwen2.5"])
+@pytest.mark.parametrize("name", ["llama2", "llama3", "qwen2.5"])
 def test_blanks_and_rare_characters_of_real_tokenizers(shared, name):
   """SentencePiece writes a blank with the word that follows it, and rare characters in bytes."""
   tokenizer = load_tokenizer(shared / "data/tokenizers" / name)
@@ -185,6 +185,8 @@ def test_help_needs_no_device_and_no_jax():
 
 
 def refused(capsys, *arguments):
+  """Exit code 2 wanted; gives the one line on standard error."""
+  capsys.readouterr()
   assert chat.main([*map(str, arguments)]) == 2
   out, err = capsys.readouterr()
   assert out == "" and err.count("\n") == 1 and err.startswith("error: ")
@@ -201,8 +203,11 @@ def test_mistakes_are_one_line(tiny_dir, tmp_path, capsys):
   assert "is no adapter" in refused(capsys, directory, "--prompt=x", f"--base={directory}")
   assert "set --prompt" in refused(capsys, directory, "--json")
   assert "did you mean 'chatml'" in (err := refused(capsys, directory, "--prompt=x", "--template=chatlm")) and "set --template" in err
-  assert "the chat template refuses" in refused(capsys, directory, "--prompt=x", "--template=vicuna") or True
+  assert "cuts into" in (err := refused(capsys, directory, "--prompt=x", "--template=vicuna")) and "set --template" in err
   tokenizer = byte_tokenizer()
+  tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + MARKED
+  tiny_models.save_tiny(tmp_path / "strict", tokenizer=tokenizer)
+  assert "the chat template refuses this conversation (no system here)" in refused(capsys, tmp_path / "strict", "--prompt=x", "--system=y")
   tokenizer.chat_template = None
   bare = tmp_path / "bare"
   tiny_models.save_tiny(bare, tokenizer=tokenizer)
@@ -322,6 +327,7 @@ def test_a_conversation_on_a_terminal_survives_ctrl_c(tiny_dir, tmp_path):
     terminal.type("/reset\n")
     terminal.until(says("forgotten"))
     terminal.until(says("> "))
+    time.sleep(0.5)                                          # until it reads
     terminal.process.send_signal(signal.SIGINT)              # at the prompt: a hint
     terminal.until(says("Ctrl-C stops an answer"))
     terminal.type("/quit\n")

@@ -76,7 +76,7 @@ def test_the_folder_holds_what_the_contract_names(straight, data):
   assert summary["eval_loss_before"] == lines[0]["eval_loss"] and summary["eval_loss_after"] == lines[4]["eval_loss"]
   assert summary["tokens_per_second"] > 0 and summary["peak_rss_bytes"] > 1e7 and summary["wall_seconds"] > 0
   left = {path.name for path in workdir.iterdir()}
-  assert left == {".lock", "config.json", "preflight.json", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json"}
+  assert left == {".lock", "config.json", "preflight.json", "metrics.jsonl", "tensorboard", "checkpoints", "tokenizer", "summary.json"}
 
 
 def test_preflight_says_what_is_trained_on_what(straight):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import logging
 import signal
 import tempfile
 from multiprocessing import resource_tracker
@@ -19,7 +20,7 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from jaxsft.batch import FIELDS, ROW_IDS, padding_row
 from jaxsft.data.examples import Examples, prepare, select
@@ -119,7 +120,7 @@ class Stream:
       if not self.workers:
         raise
       # a worker was killed (no memory, a signal to the whole group): any process can make any row, so this one goes on
-      logging.warning("a data worker died (%s); going on without worker processes", str(error).splitlines()[0])
+      logging.getLogger("jaxsft").warning("a data worker died (%s); going on without worker processes", str(error).splitlines()[0])
       self._stop()
       self.workers = 0
       self._iterator = self._open()
