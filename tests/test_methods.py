@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 import toy_selection
+
 from configs import common
 from jaxsft import sharding
 from jaxsft.batch import split_micro_batches
