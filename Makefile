@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test test-slow lint setup bench chaos clean
+.PHONY: demo test test-slow lint setup clean
 
 demo: .venv/.ready
 	$(PY) -m demo.run
@@ -19,11 +19,11 @@ lint: .venv/.ready
 
 setup: .venv/.ready
 
-# torch comes first and in its CPU build: anything that depends on torch would bring a CUDA build of several GB.
+# torch is an oracle of the tests alone. It comes first: a package that depends on it would choose a version of its own.
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("error: found Python %d.%d; wanted 3.11 or newer; set PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet torch==2.13.0 || $(PY) -m pip install --quiet torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+	$(PY) -m pip install --quiet torch==2.13.0
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[test,eval]'
 	touch $@
 
