@@ -295,12 +295,15 @@ class Terminal:
     os.close(other)
     self.seen = ""
 
-  def until(self, arrived, seconds=120):
-    """Reads on until `arrived(what came since the call)`; gives that."""
+  def until(self, arrived, nudge=lambda: None, seconds=120):
+    """Reads on until `arrived(what came since the call)`; gives that. Calls `nudge` in every second without news."""
     end, start = time.monotonic() + seconds, len(self.seen)
     while not arrived(self.seen[start:]):
-      assert select.select([self.side], [], [], max(0, end - time.monotonic()))[0], self.seen
-      self.seen += os.read(self.side, 4096).decode("utf-8", "replace")
+      assert time.monotonic() < end, self.seen
+      if select.select([self.side], [], [], 1)[0]:
+        self.seen += os.read(self.side, 4096).decode("utf-8", "replace")
+      else:
+        nudge()
     return self.seen[start:]
 
   def type(self, text):
@@ -327,9 +330,7 @@ def test_a_conversation_on_a_terminal_survives_ctrl_c(tiny_dir, tmp_path):
     terminal.type("/reset\n")
     terminal.until(says("forgotten"))
     terminal.until(says("> "))
-    time.sleep(0.5)                                          # until it reads
-    terminal.process.send_signal(signal.SIGINT)              # at the prompt: a hint
-    terminal.until(says("Ctrl-C stops an answer"))
+    terminal.until(says("Ctrl-C stops an answer"), nudge=lambda: terminal.process.send_signal(signal.SIGINT))      # at the prompt: a hint
     terminal.type("/quit\n")
     assert terminal.process.wait(20) == 0
   finally:
