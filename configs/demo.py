@@ -4,8 +4,8 @@ command     make demo; training alone: python -m jaxsft.main --config=configs/de
             The model is the one `make demo` leaves in .cache; `python -m jaxsft.convert.demo_model` fetches it alone.
             :seed=1 another seed; :smoke=true the same graph on a tiny random model, in under a minute.
 hardware    a CPU with 2 cores.
-memory      EXPECTED_MEMORY
-time        EXPECTED_TIME
+memory      2.1 GiB at most (measured)
+time        4 minutes of training, 140 steps (measured, 2 cores)
 """
 
 from configs import common

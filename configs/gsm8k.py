@@ -4,8 +4,8 @@ command     python -m jaxsft.main --config=configs/gsm8k.py:data=PATH/train.json
             PATH/train.jsonl is GSM8K's own file, or any of its form: {"question", "answer"} a line; 2 % of it is held out.
             The model is the one `make demo` leaves in .cache; `python -m jaxsft.convert.demo_model` fetches it alone.
 hardware    a CPU with 2 cores.
-memory      EXPECTED_MEMORY
-time        EXPECTED_TIME
+memory      not measured yet
+time        not measured yet
 """
 
 from configs import common
