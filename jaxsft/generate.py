@@ -118,7 +118,8 @@ def make_generator(cfg, dtype: str = "float32") -> Generator:
 def prepare(params, dtype: str = "float32"):
   """`params` with NF4 dequantised, LoRA merged, and kernels and embedding in `dtype`, once and for all.
 
-  Much faster to sample from on a CPU, where a token costs one reading of the weights; takes parameters x dtype's size of memory on top.
+  A token then takes about a fifth less time (SmolLM2 in NF4 with rank 16, 2 CPU cores: 29 against 35 ms alone, 55 against 68 in a batch of
+  16), for parameters x dtype's size of memory on top.
   Not bit-equal to the rich leaves: x W + s (x A) B becomes x (W + s A B), rounded to `dtype`.
   """
   plain = jax.jit(functools.partial(_plain, dtype=dtype))

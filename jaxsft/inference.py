@@ -49,7 +49,7 @@ def open_model(path: str, *, step: int | None = None, base: str = "", template: 
 
   step: which checkpoint of a run (None: the newest). base: where an adapter's base lies now. template: "tokenizer" is the one that the run
   trained with, else the model's own; or a named one. dtype of weights and products, default float32 on a CPU and bfloat16 elsewhere.
-  A QLoRA run's weights are dequantised and merged once when memory allows (`generate.prepare`: fast, and equal to rounding); `exact`
+  A QLoRA run's weights are dequantised and merged once when memory allows (`generate.prepare`: faster, and equal to rounding); `exact`
   computes as training did. Errors: UserError for what is no model, has no tokenizer or no chat template, and for a base that is another.
   """
   place = pathlib.Path(path).expanduser()
