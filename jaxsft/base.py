@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 
 from jaxsft import sharding
 from jaxsft.convert.load import check_tokenizer, load_params
+from jaxsft.convert.orbax import run_meta
 from jaxsft.convert.source import Source, open_source
 from jaxsft.data.tokenizer import load_tokenizer
 from jaxsft.errors import UserError
@@ -27,6 +28,13 @@ class Base(NamedTuple):
   cfg: ModelConfig
   source: Source | None
   tokenizer: Any
+
+  def meta(self, c, template, witness: dict) -> dict:
+    """What each checkpoint says of the model, so that it can be exported without the config (convert.orbax.run_meta)."""
+    lora = {key: c.lora[key] for key in ("rank", "alpha", "dropout", "rslora")} if c.lora.rank else None
+    quantised = {"targets": c.nf4.targets, "double_quant": c.nf4.double_quant} if c.nf4.targets else None
+    return run_meta(self.cfg, self.source, tokenizer=c.data.tokenizer, chat_template=template.chat_template,
+                    end_of_turn_ids=(template.end_of_turn_id,), lora=lora, nf4=quantised, witness=witness)
 
 
 def open_base(c) -> Base:

@@ -42,10 +42,11 @@ class Evaluation:
 class Samples:
   """Answers of the model as it is to c.sample.prompts, with each evaluation."""
 
-  def __init__(self, c, cfg, template, tokenizer):
-    from jaxsft.generate import make_generator
-    self._c, self._tokenizer, self._stop = c, tokenizer, (template.end_of_turn_id,)
-    self._generator = make_generator(cfg, c.model.dtype)
+  def __init__(self, c, base, template):
+    from jaxsft.generate import make_generator, stop_ids
+    self._c, self._tokenizer = c, base.tokenizer
+    self._stop = stop_ids(template, base.source, base.cfg, base.tokenizer)
+    self._generator = make_generator(base.cfg, c.model.dtype)
     self._prompts = [self._encode(template, prompt) for prompt in c.sample.prompts]
 
   def _encode(self, template, prompt):

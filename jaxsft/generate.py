@@ -110,6 +110,13 @@ class Generator:
       turns = int(np.clip(turns * CALL_SECONDS / (time.monotonic() - start), 1, 2 * turns))
 
 
+def stop_ids(template, source, cfg, tokenizer, trained=()) -> tuple[int, ...]:
+  """Every id that ends an answer: the template's end of turn, those a run trained, the model's own by each of its files. source may be None."""
+  stored = source.generation_config.get("eos_token_id") if source else None
+  groups = (template.end_of_turn_id, trained, stored, cfg.eos_token_id, tokenizer.eos_token_id)
+  return tuple(sorted({int(i) for group in groups for i in (group if isinstance(group, list | tuple) else (group,)) if i is not None}))
+
+
 def make_generator(cfg, dtype: str = "float32") -> Generator:
   """A Generator of the model `cfg`; dtype is that of activations and cache."""
   return Generator(cfg, dtype)

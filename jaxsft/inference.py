@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ from jaxsft.convert.source import open_source
 from jaxsft.data.template import Refused, Template, get_template
 from jaxsft.data.tokenise import encode_prompt
 from jaxsft.errors import UserError
-from jaxsft.generate import Generator, make_generator, prepare
+from jaxsft.generate import Generator, make_generator, prepare, stop_ids
 from jaxsft.models import families
 from jaxsft.models.config import ModelConfig
 from jaxsft.transforms import lora
@@ -65,10 +64,9 @@ def open_model(path: str, *, step: int | None = None, base: str = "", template: 
     tokenizer.chat_template = trained
   template_ = get_template(template, tokenizer)
   ends = adapter.end_of_turn_ids if adapter else getattr(source, "meta", {}).get("end_of_turn_ids", ())
-  stops = (template_.end_of_turn_id, ends, source.generation_config.get("eos_token_id"), cfg.eos_token_id, tokenizer.eos_token_id)
   dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
   params = _params(cfg, source, adapter, tokenizer, dtype, exact)
-  return Model(cfg, params, tokenizer, template_, tuple(sorted(set(_flat(stops)))), make_generator(cfg, dtype))
+  return Model(cfg, params, tokenizer, template_, stop_ids(template_, source, cfg, tokenizer, tuple(ends)), make_generator(cfg, dtype))
 
 
 def _whole_model(path, place, step):
@@ -98,11 +96,3 @@ def _fits(cfg, dtype) -> bool:
     return bool(needed < psutil.virtual_memory().available)
   stats = device.memory_stats() or {}
   return bool(needed < stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0))
-
-
-def _flat(ids) -> Iterator[int]:
-  for item in ids:
-    if isinstance(item, list | tuple):
-      yield from _flat(item)
-    elif item is not None:
-      yield int(item)

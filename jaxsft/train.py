@@ -18,9 +18,11 @@ from jaxsft import base as bases
 from jaxsft import config, metrics, optim, preflight, sharding
 from jaxsft.batch import ROW_IDS, split_micro_batches
 from jaxsft.checkpoint import Checkpoints
-from jaxsft.convert.orbax import check_same_base, keep_tokenizer, run_meta
+from jaxsft.convert.check import check_export
+from jaxsft.convert.orbax import check_same_base, keep_tokenizer
 from jaxsft.data.pipeline import make_eval_batches, make_stream
 from jaxsft.data.template import get_template
+from jaxsft.data.witness import witness
 from jaxsft.errors import UserError
 from jaxsft.evaluation import Evaluation, Samples
 from jaxsft.methods import registry
@@ -98,7 +100,7 @@ class Loop:
     batches = make_eval_batches(c.data, c.seed, parts.base.tokenizer, parts.template, c.batch_size // c.micro_batches, jax.process_index(),
                                 jax.process_count(), c.eval.rows) if c.eval.every else []
     self.evaluation = Evaluation(parts.method, batches, parts.mesh)
-    self.samples = Samples(c, parts.base.cfg, parts.template, parts.base.tokenizer) if c.sample.prompts else None
+    self.samples = Samples(c, parts.base, parts.template) if c.sample.prompts else None
     self.pending: collections.deque = collections.deque()
     self.last: dict = {}                  # the numbers of the newest step that was read
     self.eval_loss: float | None = None   # of the step at hand
@@ -136,6 +138,9 @@ class Loop:
     preflight.print_table(facts)
     self.work.begin()
     keep_tokenizer(path, self.p.base.tokenizer, self.p.template.chat_template)
+    self.witness = witness(self.p.stream.examples, self.p.template, c.data.train.format)
+    if self.witness:
+      check_export(path / "tokenizer", self.witness)
     metrics.cut(path / "samples.jsonl", self.restored)
     self.terminal = metrics.Terminal(self.restored, self.p.steps)
     self.writers: list[Any] = [metrics.JsonLines(path / "metrics.jsonl", self.restored), self.terminal]
@@ -226,14 +231,10 @@ class Loop:
         self.terminal.say(f"  {sample['prompt']!r} -> {sample['answer']!r}")
 
   def _save(self, number: int):
-    c, base = self.p.c, self.p.base
     if not self.all_finite(self.state.trainable):
       raise NonFinite(self._blame(number, "a parameter is NaN or Inf after its update", self.batches))
-    lora = {key: c.lora[key] for key in ("rank", "alpha", "dropout", "rslora")} if c.lora.rank else None
-    meta = run_meta(base.cfg, base.source, tokenizer=c.data.tokenizer, chat_template=self.p.template.chat_template,
-                    end_of_turn_ids=(self.p.template.end_of_turn_id,), lora=lora,
-                    nf4={"targets": c.nf4.targets, "double_quant": c.nf4.double_quant} if c.nf4.targets else None)
-    self.checkpoints.save(number, self.state, self.p.stream.state(), meta | {"data": self.p.stream.fingerprint}, self.eval_loss)
+    meta = self.p.base.meta(self.p.c, self.p.template, self.witness) | {"data": self.p.stream.fingerprint}
+    self.checkpoints.save(number, self.state, self.p.stream.state(), meta, self.eval_loss)
 
   def _blame(self, number: int, what: str, batches) -> str:
     rows = sorted({int(row) for batch in batches for row in np.ravel(batch[ROW_IDS])})

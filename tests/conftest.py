@@ -30,3 +30,10 @@ def golden():
   """Reader of one golden file: golden("packing") -> dict."""
   import json
   return lambda name: json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def demo_dir():
+  """The demo's model as a Hugging Face directory, in the repository's cache (fetched on the first use)."""
+  from jaxsft.convert import demo_model
+  return demo_model.fetch(ROOT / ".cache")

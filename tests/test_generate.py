@@ -1,7 +1,6 @@
 """KV-cache sampling: against transformers, against a known story, against the softmax, and against itself however the rows are batched."""
 
 import collections
-import pathlib
 import time
 
 import jax
@@ -21,13 +20,6 @@ from jaxsft.transforms import tree as trees
 
 RAGGED = [[7, 3, 250], [11], list(range(40, 70)), [5] * 17, [9, 8, 7, 6, 5]]
 NEVER = (-5,)                                # a stop id that no row meets
-
-
-@pytest.fixture(scope="session")
-def demo_dir():
-  """The demo's model as a Hugging Face directory, in the repository's cache (fetched on the first use)."""
-  from jaxsft.convert import demo_model
-  return demo_model.fetch(pathlib.Path(__file__).resolve().parent.parent / ".cache")
 
 
 @pytest.fixture(scope="module")

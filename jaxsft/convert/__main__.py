@@ -88,6 +88,7 @@ def _convert_model(args, local) -> dict:
   leaves = ((path, read) for path, _, _, read in load.leaf_reads(source, cfg))
   ends = source.meta["end_of_turn_ids"] if isinstance(source, orbax.OrbaxSource) else ()
   _write(args, cfg, leaves, _tokenizer(source), source.chat_template, source.generation_config, ends, source)
+  _check(args, getattr(source, "meta", {}))
   return {"to": args.to or "hf", "step": source.step if isinstance(source, orbax.OrbaxSource) else None, "parameters": _parameters(cfg)}
 
 
@@ -107,9 +108,11 @@ def _convert_adapter(args, local) -> dict:
     write_peft(args.destination, adapter.adapters, adapter.cfg, **adapter.lora, base=adapter.identity, nf4=adapter.nf4,
                end_of_turn_ids=adapter.end_of_turn_ids, tokenizer=_tokenizer(adapter), chat_template=adapter.chat_template,
                overwrite=args.overwrite)
+    _check(args, adapter.meta)
     return out | {"dtype": "float32"}
   _write(args, adapter.cfg, adapter.merged_leaves(weights), _tokenizer(adapter), adapter.chat_template, adapter.base.generation_config,
          adapter.end_of_turn_ids, adapter.base)
+  _check(args, adapter.meta)
   return out | {"base_weights": weights, "drift": _drift(args, adapter)}
 
 
@@ -122,6 +125,13 @@ def _write(args, cfg, leaves, tokenizer, chat_template, generation_config, end_o
     from jaxsft.convert.hf import write_hf
     write_hf(args.destination, cfg, leaves, tokenizer, dtype=args.dtype, chat_template=chat_template, generation_config=generation_config,
              end_of_turn_ids=end_of_turn_ids, overwrite=args.overwrite)
+
+
+def _check(args, meta):
+  """What a run trained renders, tokenises and stops the same way out of the export."""
+  if meta.get("witness"):
+    from jaxsft.convert.check import check_export
+    check_export(args.destination, meta["witness"])
 
 
 def _tokenizer(source):

