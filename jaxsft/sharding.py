@@ -25,7 +25,7 @@ RULES = [
     (r"(o|down)_proj/kernel(/codes|/scales)?$", P(None, "tensor", "fsdp")),
     (r"(q|k|v|gate|up)_proj/bias", P(None, "tensor")),
     (r"(o|down)_proj/bias", P()),
-    (r"(layernorm|norm)/scale", P()),
+    (r"norm/scale", P()),
 ]
 
 

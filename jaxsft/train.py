@@ -78,7 +78,7 @@ def build(c, scratch: str | None = None) -> Parts:
   stream = make_stream(c.data, c.seed, base.tokenizer, template, c.batch_size, jax.process_index(), jax.process_count(), scratch=scratch)
   steps = c.steps or math.ceil(stream.rows(c.epochs) / c.batch_size)
   forward = decoder.make_forward(base.cfg, c.model.dtype, c.model.remat, c.model.attention, sharding.constrain_stream(mesh))
-  policy = make_policy(c, forward, decoder.output_kernel, lambda rows: max(1, rows // sharding.row_shards(mesh)))
+  policy = make_policy(c, forward, decoder.output_kernel, base.cfg.final_logit_softcapping, lambda rows: max(1, rows // sharding.row_shards(mesh)))
   method = registry.build(c, policy, lambda: optim.make_optimizer(c.optim, steps))
   if method.wants != ("rows",):
     raise UserError(f"method {c.method.name} trains on {', '.join(method.wants)}, and this data is rows", wanted="a method of rows", knob="method.name")

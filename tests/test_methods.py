@@ -73,7 +73,7 @@ def built(name, devices, wrap):
     c.update_from_flattened_dict(row.config)
   c.loss_chunk = 16
   mesh = sharding.make_mesh(c.mesh, jax.devices()[:devices])
-  policy = make_policy(c, decoder.make_forward(CFG, constrain=sharding.constrain_stream(mesh)), decoder.output_kernel)
+  policy = make_policy(c, decoder.make_forward(CFG, constrain=sharding.constrain_stream(mesh)), decoder.output_kernel, None)
   method = registry.build(c, policy, lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)))
   method = wrap(method, policy) if wrap else method
   trainable, frozen, opt, aux = method.init(decoder.init_params(CFG, jax.random.key(1)), jax.random.key(2))

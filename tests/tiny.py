@@ -80,7 +80,7 @@ def make(c, cfg, mesh=None):
   """(policy, method) of a config; the mesh constrains the stream as train.py does."""
   constrain = sharding.constrain_stream(mesh) if mesh else (lambda x_BTD: x_BTD)
   shards = sharding.row_shards(mesh) if mesh else 1
-  policy = make_policy(c, decoder.make_forward(cfg, c.model.dtype, c.model.remat, c.model.attention, constrain), decoder.output_kernel,
+  policy = make_policy(c, decoder.make_forward(cfg, c.model.dtype, c.model.remat, c.model.attention, constrain), decoder.output_kernel, cfg.final_logit_softcapping,
                        lambda rows: max(1, rows // shards))
   return policy, registry.build(c, policy, lambda: make_optimizer(c.optim, 20))
 

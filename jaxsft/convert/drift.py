@@ -66,6 +66,6 @@ def _log_probabilities(cfg, params, tokens_BT):
   T = tokens_BT.shape[1]
   batch = {"tokens": jnp.asarray(tokens_BT), "segment_ids": jnp.ones_like(tokens_BT), "positions": jnp.arange(T, dtype=jnp.int32)[None]}
   hidden = decoder.make_forward(cfg)(jax.tree.map(jnp.asarray, params), batch)
-  logits = np.asarray(jnp.dot(hidden[0], jnp.asarray(decoder.output_kernel(params)), precision="highest"))
+  logits = np.asarray(decoder.logits(cfg, params, hidden[0], precision="highest"))
   shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
   return logits, shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

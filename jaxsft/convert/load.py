@@ -84,7 +84,8 @@ def check_tensors(source: Source, cfg: ModelConfig) -> None:
 
 def _reason(name):
   keys = {"V": "vocab_size", "D": "hidden_size", "F": "intermediate_size", "HK": "num_attention_heads * head_dim",
-          "NK": "num_key_value_heads * head_dim"}
+          "NK": "num_key_value_heads * head_dim", "K": "head_dim", "QKV": "(num_attention_heads + 2 num_key_value_heads) * head_dim",
+          "GU": "2 * intermediate_size"}
   return ", ".join(dict.fromkeys(keys[d] for d in name.dims))
 
 
@@ -94,7 +95,7 @@ def _check_rest(source, cfg, rest):
     _check_tied(source)
   if not rest:
     return
-  if all(BIAS.search(name) for name in rest) and cfg.model_type == "llama":
+  if all(BIAS.search(name) for name in rest) and families.FAMILIES[cfg.model_type].mlp_bias:
     knob = "attention_bias or mlp_bias to true in config.json"
   else:
     knob = "model.path to weights and config.json that belong together"

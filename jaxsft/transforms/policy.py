@@ -34,8 +34,8 @@ class Policy(NamedTuple):
   reference: Callable
 
 
-def make_policy(c, forward, output_kernel, rows_on_a_device: Callable[[int], int] = lambda rows: rows) -> Policy:
-  """The policy of a config. forward(params, batch) -> hidden and output_kernel(params) -> [D, V] come from models/.
+def make_policy(c, forward, output_kernel, softcap: float | None, rows_on_a_device: Callable[[int], int] = lambda rows: rows) -> Policy:
+  """The policy of a config. forward(params, batch) -> hidden and output_kernel(params) -> [D, V] come from models/; softcap is its logits'.
 
   rows_on_a_device(rows of a batch) tells how many of them one device holds: c.loss_chunk counts tokens a device.
   """
@@ -49,7 +49,7 @@ def make_policy(c, forward, output_kernel, rows_on_a_device: Callable[[int], int
     hidden_BTD, head_DV = hidden(trainable, frozen, batch, row_seeds_B)
     labels_BT, weights_BT = next_token_targets(batch)
     chunk = max(1, c.loss_chunk // rows_on_a_device(labels_BT.shape[0]))
-    return token_nll(hidden_BTD, head_DV, labels_BT, chunk, mode.head_trained(trainable, frozen)), weights_BT
+    return token_nll(hidden_BTD, head_DV, labels_BT, chunk, mode.head_trained(trainable, frozen), softcap), weights_BT
   return Policy(mode.split, hidden, nll, lambda trainable, frozen: mode.join(trainable, frozen, None), mode.reference)
 
 

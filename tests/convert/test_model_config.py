@@ -68,6 +68,37 @@ def test_biases_by_family():
   assert not any(p.endswith("bias") for p in families.shapes(ModelConfig.from_hf(PLAIN)))
 
 
+def kinds_of(**values):
+  return [(kind.window, kind.rope) for kind in ModelConfig.from_hf(PLAIN | {"num_key_value_heads": 4} | values).layer_kinds]
+
+
+def test_what_each_layer_sees():
+  """As the configuration_*.py of transformers: a window where a family slides, and which rotation."""
+  full, slides = (None, "full"), (7, "full")
+  assert kinds_of(sliding_window=7, use_sliding_window=True) == [full] * 3                           # llama knows no window
+  assert kinds_of(model_type="mistral", sliding_window=7) == [slides] * 3
+  assert kinds_of(model_type="mistral", sliding_window=None) == kinds_of(model_type="phi3") == [full] * 3
+  assert kinds_of(model_type="mistral")[0][0] == 4096                                                # left out: the family's default
+  assert kinds_of(model_type="qwen2", sliding_window=7, max_window_layers=1) == [full] * 3           # use_sliding_window says no
+  assert kinds_of(model_type="qwen2", sliding_window=7, max_window_layers=1, use_sliding_window=True) == [full, slides, slides]
+  assert kinds_of(model_type="gemma2", sliding_window=7) == [slides, full, slides]
+  assert kinds_of(model_type="gemma3_text", sliding_window=7, num_hidden_layers=7) == [(7, "local")] * 5 + [full] + [(7, "local")]
+  assert kinds_of(model_type="gemma3_text", sliding_window=7, layer_types=["full_attention"] * 3) == [full] * 3
+  assert kinds_of(model_type="smollm3", num_hidden_layers=5) == [full] * 3 + [(None, None), full]
+  assert kinds_of(model_type="smollm3", no_rope_layers=[0, 1, 1], use_sliding_window=True, sliding_window=7) == [(7, None), full, full]
+
+
+def test_scans_walk_runs_and_periods():
+  from jaxsft.models.kinds import scans
+  walk = lambda text: [(start, "".join(kinds), repeats) for start, kinds, repeats in scans(text)]
+  assert walk("f" * 30) == [(0, "f", 30)]
+  assert walk("ffffssss") == [(0, "f", 4), (4, "s", 4)]
+  assert walk("sf" * 13) == [(0, "sf", 13)]
+  assert walk("lllllglllllgll") == [(0, "lllllg", 2), (12, "l", 2)]
+  assert walk("sfsfs") == [(0, "sf", 2), (4, "s", 1)]
+  assert walk("abc") == [(0, "a", 1), (1, "b", 1), (2, "c", 1)]
+
+
 def test_shapes_and_tied_head():
   shapes = families.shapes(ModelConfig.from_hf(PLAIN | {"num_key_value_heads": 2}))
   assert shapes["layers/self_attn/k_proj/kernel"] == (3, 64, 32) and shapes["layers/mlp/down_proj/kernel"] == (3, 160, 64)
@@ -76,16 +107,20 @@ def test_shapes_and_tied_head():
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"model_type": "gpt_neox"}, ["gpt_neox", "llama, qwen2"]),
+    ({"model_type": "gpt_neox"}, ["gpt_neox", "gemma2, gemma3_text, llama, mistral, phi3, qwen2, qwen3, smollm3"]),
     ({"hidden_act": "gelu"}, ["hidden_act 'gelu'", "silu"]),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["yarn", "default, linear, llama3"]),
+    ({"rope_scaling": {"rope_type": "xpos", "factor": 4.0}}, ["xpos", "default, linear, llama3, yarn, dynamic, longrope"]),
+    ({"rope_scaling": {"rope_type": "yarn"}}, ["yarn", "without factor"]),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["llama3", "low_freq_factor"]),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ["rope type", "same for all layers"]),
-    ({"partial_rotary_factor": 0.5}, ["rope type", "whole head"]),
     ({"vocab_size": None}, ["vocab_size", "whole number"]),
     ({"num_hidden_layers": "3"}, ["num_hidden_layers", "'3'"]),
     ({"num_key_value_heads": 3}, ["4 query heads", "3 key/value heads"]),
-    ({"use_sliding_window": True}, ["use_sliding_window"]),
+    ({"model_type": "mistral", "sliding_window": 0}, ["windows [0]", "sliding_window"]),
+    ({"model_type": "smollm3", "no_rope_layers": [1]}, ["3 layers", "layer_types"]),
+    ({"model_type": "qwen3", "layer_types": ["full_attention"]}, ["1 layers", "wanted 3"]),
+    ({"model_type": "gemma2", "hidden_activation": "relu"}, ["hidden_activation 'relu'", "gelu_pytorch_tanh"]),
+    ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, ["use_bidirectional_attention", "causal"]),
     ({"quantization_config": {"quant_method": "bitsandbytes"}}, ["bitsandbytes", "nf4.targets"]),
 ])
 def test_unsupported_is_named(change, words):

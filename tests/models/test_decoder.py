@@ -20,7 +20,22 @@ FAMILIES = {
     "llama_tied_scaled": transformers.LlamaConfig(**SHAPE, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE, head_dim=24),
     "llama_linear_rope_biases": transformers.LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True,
                                                          rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0)),
+    "llama_yarn": transformers.LlamaConfig(**SHAPE, rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0,
+                                                                        original_max_position_embeddings=512, beta_fast=16.0)),
+    "llama_dynamic": transformers.LlamaConfig(**SHAPE | dict(max_position_embeddings=1100), rope_parameters=dict(rope_type="dynamic", rope_theta=1e4,
+                                                                                                             factor=2.0)),
     "qwen2": transformers.Qwen2Config(**SHAPE, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+    "qwen2_sliding": transformers.Qwen2Config(**SHAPE | dict(num_hidden_layers=5), use_sliding_window=True, sliding_window=300, max_window_layers=2),
+    "mistral": transformers.MistralConfig(**SHAPE, sliding_window=512),
+    "mistral_v3": transformers.MistralConfig(**SHAPE, sliding_window=None, head_dim=24),
+    "qwen3": transformers.Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=True),
+    "smollm3": transformers.SmolLM3Config(**SHAPE | dict(num_hidden_layers=9), pad_token_id=None, bos_token_id=None, eos_token_id=None),
+    "gemma2": transformers.Gemma2Config(**SHAPE | dict(num_hidden_layers=5), head_dim=24, sliding_window=256, query_pre_attn_scalar=20),
+    "gemma3": transformers.Gemma3TextConfig(**SHAPE | dict(num_hidden_layers=14), head_dim=24, sliding_window=256, query_pre_attn_scalar=20),
+    "phi3": transformers.Phi3Config(**SHAPE, pad_token_id=None, sliding_window=1500,
+                                    rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)),
+    "phi3_longrope": transformers.Phi3Config(**SHAPE, pad_token_id=None, original_max_position_embeddings=1100, rope_parameters=dict(
+        rope_type="longrope", rope_theta=1e4, short_factor=[1.0 + 0.1 * i for i in range(8)], long_factor=[2.0 + i for i in range(8)])),
 }
 
 
@@ -30,7 +45,8 @@ def both(config):
   model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
   with torch.no_grad():
     for name, parameter in model.named_parameters():
-      parameter.copy_(1 + 0.1 * torch.randn_like(parameter) if "norm" in name else 0.1 * torch.randn_like(parameter))
+      rest = float("norm" in name and not config.model_type.startswith("gemma"))      # Gemma multiplies by 1 + its scales
+      parameter.copy_(rest + 0.1 * torch.randn_like(parameter))
   return model, ModelConfig.from_hf(config.to_dict())
 
 
@@ -43,7 +59,7 @@ def our_params(model, cfg):
 
 def logits_of(cfg, params, batch, **options):
   hidden = jax.jit(decoder.make_forward(cfg, **options))(params, batch)
-  return np.asarray(hidden @ decoder.output_kernel(params))
+  return np.asarray(decoder.logits(cfg, params, hidden))
 
 
 def row(tokens, segments=None):

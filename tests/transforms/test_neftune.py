@@ -86,7 +86,7 @@ ROWS = {"tokens": np.arange(24, dtype=np.int32).reshape(2, 12) % 20, "segment_id
 def policy(alpha=5.0, length="segment", remat="none"):
   c = common.base()
   c.neftune.alpha, c.neftune.length, c.loss_chunk = alpha, length, 8
-  return make_policy(c, decoder.make_forward(CFG, remat=remat), decoder.output_kernel)
+  return make_policy(c, decoder.make_forward(CFG, remat=remat), decoder.output_kernel, None)
 
 
 @functools.cache
