@@ -23,17 +23,22 @@ from jaxsft.transforms import lora
 TOKENS = np.random.default_rng(0).integers(0, 259, (2, 48)).astype(np.int32)
 
 
-@pytest.fixture(scope="module", params=["lora", "qlora"])
+SHAPE = dict(vocab_size=260, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1,
+             pad_token_id=None, bos_token_id=None, eos_token_id=None)
+MORE = {"llama": {}, "phi3": {}, "gemma3_text": dict(head_dim=16, sliding_window=8, sliding_window_pattern=2)}
+
+
+@pytest.fixture(scope="module", params=["lora llama", "qlora llama", "lora gemma3_text", "qlora phi3"])
 def trained(request, tmp_path_factory):
-  """(workdir, logits of the trained model as the trainer sees it): a llama of transformers' own making, 4 steps, float32."""
-  folder = tmp_path_factory.mktemp(request.param)
+  """(workdir, logits of the trained model as the trainer sees it): a model of transformers' own making, 4 steps, float32."""
+  mode, family = request.param.split()
+  folder = tmp_path_factory.mktemp(mode)
   torch.manual_seed(0)
-  shape = dict(vocab_size=260, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-  transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, initializer_range=0.1)).save_pretrained(folder / "base")
+  transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **SHAPE | MORE[family])).save_pretrained(folder / "base")
   byte_tokenizer().save_pretrained(folder / "base")
   lines = [{"instruction": f"say {word}", "output": word * 3} for word in "one two three four five six seven eight".split()]
   (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-  c = getattr(common, request.param)(common.base())
+  c = getattr(common, mode)(common.base())
   c.model.path, c.data.train.path, c.data.length, c.batch_size, c.steps = str(folder / "base"), str(folder / "data.jsonl"), 64, 8, 4
   c.model.dtype = c.model.base_dtype = "float32"
   c.optim.learning_rate, c.optim.schedule, c.eval.every, c.log.tensorboard, c.lora.rank = 5e-2, "constant", 0, False, 4
@@ -49,7 +54,7 @@ def trained(request, tmp_path_factory):
 def logits_here(cfg, params):
   index = np.arange(TOKENS.shape[1], dtype=np.int32)
   batch = {"tokens": TOKENS, "segment_ids": np.ones_like(TOKENS), "positions": np.tile(index, (len(TOKENS), 1))}
-  return np.asarray(decoder.make_forward(cfg)(params, batch) @ decoder.output_kernel(params))
+  return np.asarray(decoder.logits(cfg, params, decoder.make_forward(cfg)(params, batch)))
 
 
 def logits_there(model):
