@@ -31,6 +31,7 @@ from jaxsft.transforms import tree as trees
 WIDEST = 256              # prompt tokens a row taken at once: bounds the memory of long prompts
 PREFILL_TOKENS = 4096     # the same over all rows of a batch
 LEAST = 32                # columns of the smallest program
+COLD = 1e-5               # temperatures below take the likeliest token: logits divided by them overflow
 CALL_SECONDS = 0.2        # how long a call of `decode` should take when somebody is watching
 
 
@@ -78,7 +79,7 @@ class Generator:
     check_settings(max_new_tokens, temperature, top_k, top_p, batch_size)
     _check_prompts(self.cfg, prompts)
     settings = _settings(stop_ids, temperature, top_k, top_p, seed)
-    how = "greedy" if temperature == 0 else "filtered" if top_k or top_p < 1 else "free"
+    how = "greedy" if temperature < COLD else "filtered" if top_k or top_p < 1 else "free"
     answers: dict[int, Answer] = {}
     slots = width = 0
     for indices in _batches([len(prompt) for prompt in prompts], batch_size):
@@ -178,7 +179,7 @@ def _check_prompts(cfg, prompts):
 def _settings(stop_ids, temperature, top_k, top_p, seed):
   stops = sorted(set(stop_ids))
   return {"stop_ids": np.array(stops + [-1] * (bucket(len(stops), 4) - len(stops)), np.int32), "seed": np.uint32(seed % 2 ** 32),
-          "temperature": np.float32(temperature), "top_k": np.int32(min(top_k, 2 ** 31 - 1)), "top_p": np.float32(top_p)}
+          "temperature": np.float32(max(temperature, np.finfo(np.float32).tiny)), "top_k": np.int32(min(top_k, 2 ** 31 - 1)), "top_p": np.float32(top_p)}
 
 
 def _batches(lengths, batch_size):

@@ -50,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return USER
+  except KeyboardInterrupt:            # before the run listens to signals: nothing has begun
+    print("interrupted before the run began", file=sys.stderr)
+    return STOPPED
 
 
 def _train(c, workdir) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -39,23 +40,25 @@ def rule_matches(c, trainable, frozen) -> dict:
   if c.freeze:
     found[f"freeze {c.freeze}"] = sum(bool(re.search(c.freeze, path)) for path in paths)
   if c.optim.weight_decay:
-    found[f"optim.no_decay {c.optim.no_decay}"] = sum(bool(re.search(c.optim.no_decay, path)) for path, _ in trees.flatten(trainable))
+    found[f"optim.no_decay {c.optim.no_decay}"] = sum(bool(c.optim.no_decay and re.search(c.optim.no_decay, path)) for path, _ in trees.flatten(trainable))
   return found
 
 
-def unpacked(batch, row: int, pad_id: int = 0) -> dict:
-  """A batch of the same shape whose rows are the segments of one packed row, each alone.
+def unpacked(batch, row: int, pad_id: int = 0) -> Iterator[dict]:
+  """Batches of the same shape whose rows are the segments of one packed row, each alone.
 
     tokens      a b c d e .    ->    a b c . . .
     segment_ids 1 1 1 2 2 0          d e . . . .      positions restart by themselves: they always did
   """
   rows, length = batch["tokens"].shape
-  out = {name: np.stack([padding_row(length, pad_id)[name]] * rows) for name in FIELDS} | {ROW_IDS: batch[ROW_IDS]}
-  for place, segment in enumerate(range(1, batch["segment_ids"][row].max() + 1)):
-    where = batch["segment_ids"][row] == segment
-    for name in FIELDS:
-      out[name][place, :where.sum()] = batch[name][row][where] if name != "segment_ids" else 1
-  return out
+  segments = range(1, batch["segment_ids"][row].max() + 1)
+  for start in range(0, len(segments), rows):
+    out = {name: np.stack([padding_row(length, pad_id)[name]] * rows) for name in FIELDS} | {ROW_IDS: batch[ROW_IDS]}
+    for place, segment in enumerate(segments[start:start + rows]):
+      where = batch["segment_ids"][row] == segment
+      for name in FIELDS:
+        out[name][place, :where.sum()] = batch[name][row][where] if name != "segment_ids" else 1
+    yield out
 
 
 def alone(batch, row: int) -> dict:
@@ -67,12 +70,12 @@ def alone(batch, row: int) -> dict:
 def check_packing(c, evaluate, batch) -> dict:
   """One packed row's loss against its rows alone. Errors: UserError when attention leaks from one example into another."""
   counts = batch["segment_ids"].max(-1)
-  fitting = np.flatnonzero((counts > 1) & (counts <= len(batch["tokens"])))
-  if not len(fitting):
-    return {"checked": False, "why": "no row with several examples"}
-  row = int(fitting[0])
+  several = np.flatnonzero(counts > 1)
+  if not len(several):
+    return {"checked": False, "why": "no row of the first batch holds several examples"}
+  row = int(several[counts[several].argmin()])         # the one that is done soonest
   packed, count = evaluate(alone(batch, row))
-  separate, count_separate = evaluate(unpacked(batch, row))
+  separate, count_separate = map(sum, zip(*map(evaluate, unpacked(batch, row))))
   difference = abs(packed - separate) / max(abs(separate), 1e-9)
   if count != count_separate or not difference < PACKED_LOSS_TOLERANCE[c.model.dtype]:
     raise UserError(f"a packed row's loss is {packed:.6f} over {count:.0f} tokens, its examples alone give {separate:.6f} over {count_separate:.0f}",

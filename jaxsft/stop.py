@@ -10,8 +10,8 @@ import threading
 ASKING = (signal.SIGTERM, signal.SIGINT)
 
 
-class Interrupted(Exception):
-  """A signal came; everything there was to save is saved."""
+class Interrupted(BaseException):
+  """A signal came; everything there was to save is saved. No Exception: what guards a loader against its errors must not eat it."""
 
 
 class Stop:

@@ -191,8 +191,10 @@ def _collect(results: list[_Outcome], records: Records, source, knob: str, setti
   report = _report(results, kept, long, records, source, knob, settings)
   if results and not kept:
     why = ", ".join(f"{code} {drop['count']} (first at {drop['first']})" for code, drop in report["drops"].items())
+    only_long = report["drops"].keys() <= {"too_long", "truncated_to_nothing"}
     raise UserError(f"none of the {len(results)} {which} records of {source.path} can be trained on: {why}",
-                    wanted="records with an answer, in a known format", knob=knob)
+                    wanted=f"records of at most {settings.length} tokens" if only_long else "records with an answer, in a known format",
+                    knob="data.length or data.long_rows" if only_long else knob)
   tokens_N = np.concatenate([np.zeros(0, np.int32), *(r.tokens for r in kept)])
   weights_N = np.concatenate([np.zeros(0, np.uint8), *(r.weights for r in kept)])
   offsets_E = np.cumsum([0, *(len(r.tokens) for r in kept)], dtype=np.int64)

@@ -9,13 +9,19 @@ Schemas, tried in this order when format is "auto" (the name on the left is also
   messages           messages | conversations: [{role, content} | {from, value} | strings that alternate, user first]
   sharegpt           the same (the two differ in spelling only, and either is read under both names)
   strings            data: [strings that alternate, user first]
-  alpaca             instruction (+ input), output | response | instances[0]; system     user = instruction, or instruction + "\\n" + input
+  alpaca             instruction (+ input), output | response | instances[0]; system     user = instruction, or instruction + "\\n" + input;
+                     history: [[user, assistant], ...] before it
   flan               inputs, targets
   prompt_completion  prompt, completion | response | answer: strings, or lists of messages (then only the completion is trained)
   question_answer    question, answer                                                    as GSM8K
 
 A message may say trained: true|false or weight: 0|1. On an assistant message it is honoured; joined messages are trained only if both were.
 On another role "trained: true" drops the record (`trained_not_assistant`): no template closes such a turn with a token of the model's own.
+Any other value drops it (`bad_weight`): a weight between is no weight here.
+
+A content that is no string: a list of text parts is joined (`joined_parts`), a number is written out (`number_content`), what a tool returned
+becomes JSON (`json_content`); anything else is no text, and becomes the empty string (`content_not_text`). A null is the empty string, as it
+is on the wire beside tool calls. A field whose value is null counts as absent. reasoning_content is left out (`reasoning_dropped`).
 
 Our choices where the reference table is silent: a system message later than index 0 drops the record (`system_not_first`); so does a tool
 message that follows no assistant turn (`tool_without_call`) and a function_call whose value is not JSON (`bad_tool_call`).
@@ -102,18 +108,20 @@ def _strings(record) -> list[dict] | None:
 
 
 def _alpaca(record) -> list[dict] | None:
-  if "instruction" not in record:
+  if record.get("instruction") is None:
     return None
   instances = record.get("instances")
   inner = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], dict) else record
   user, more = record["instruction"], inner.get("input")
-  if isinstance(more, str) and more.strip():
-    user = f"{user}\n{more}" if isinstance(user, str) else more
-  return [{"role": "system", "content": record.get("system")}, *_pair(user, _first(inner, "output", "response"))]
+  if more is not None and str(more).strip() and isinstance(user, str):
+    user = f"{user}\n{more if isinstance(more, str) else json.dumps(more, ensure_ascii=False)}"
+  history = record.get("history") or []
+  before = [turn for pair in history for turn in _pair(*pair)] if all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history) else []
+  return [{"role": "system", "content": record.get("system")}, *before, *_pair(user, _first(inner, "output", "response"))]
 
 
 def _flan(record) -> list[dict] | None:
-  return _pair(record["inputs"], record["targets"]) if "inputs" in record and "targets" in record else None
+  return _pair(record["inputs"], record["targets"]) if _all(record, "inputs", "targets") else None
 
 
 def _prompt_completion(record) -> list[dict] | None:
@@ -128,7 +136,11 @@ def _prompt_completion(record) -> list[dict] | None:
 
 
 def _question_answer(record) -> list[dict] | None:
-  return _pair(record["question"], record["answer"]) if "question" in record and "answer" in record else None
+  return _pair(record["question"], record["answer"]) if _all(record, "question", "answer") else None
+
+
+def _all(record, *names) -> bool:
+  return all(record.get(name) is not None for name in names)
 
 
 def _pair(user, assistant) -> list[dict]:
@@ -140,7 +152,7 @@ def _first(record, *names):
 
 
 def _is_assistant(turn) -> bool:
-  return ROLES.get(turn.get("role", turn.get("from"))) == "assistant"
+  return ROLES.get(str(_first(turn, "role", "from"))) == "assistant"
 
 
 SCHEMAS = {
@@ -152,23 +164,54 @@ SCHEMAS = {
 # ---------------------------------------------------------------- one raw turn -> one canonical message
 
 def _message(turn: dict, reasons) -> Message:
-  name = turn["role"] if "role" in turn else turn.get("from")
+  name = _first(turn, "role", "from")
   role = ROLES.get(name) if isinstance(name, str) else None
   if role is None:
     raise _Dropped("unknown_role")
-  content = turn["content"] if "content" in turn else turn.get("value")
-  message: Message = {"role": role, "content": _clean(content, reasons) if isinstance(content, str) else ""}
+  content = _first(turn, "content", "value")
+  message: Message = {"role": role, "content": _text(content, role, reasons)}
+  if role == "tool":
+    message |= {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
+  if turn.get("reasoning_content"):
+    reasons["reasoning_dropped"] = None
   calls = _parsed(content) if name == "function_call" else turn.get("tool_calls")
   if role == "assistant" and calls:
     message["tool_calls"] = [_call(call, reasons) for call in (calls if isinstance(calls, list | tuple) else [calls])]
     if name == "function_call":
       message["content"] = ""
-  trained = turn.get("trained", turn.get("weight"))
-  if trained is not None and bool(trained) and role != "assistant":
+  trained = _flag(_first(turn, "trained", "weight"))
+  if trained and role != "assistant":
     raise _Dropped("trained_not_assistant")
-  if trained is not None and not trained and role == "assistant":
+  if trained is False and role == "assistant":
     message["trained"] = False
   return message
+
+
+FLAGS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
+
+
+def _flag(value) -> bool | None:
+  """Whether a message is trained, as far as it says so."""
+  if value is not None and str(value).strip().lower() not in FLAGS:
+    raise _Dropped("bad_weight")
+  return None if value is None else FLAGS[str(value).strip().lower()]
+
+
+def _text(content, role: str, reasons) -> str:
+  """The content as text; what had to be done to it is in `reasons`."""
+  if content is None or isinstance(content, str):
+    return _clean(content or "", reasons)
+  parts = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None for part in content] if isinstance(content, list) else []
+  if parts and all(isinstance(part, str) for part in parts):
+    how, text = "joined_parts", "".join(map(str, parts))
+  elif isinstance(content, int | float) and not isinstance(content, bool):
+    how, text = "number_content", str(content)
+  elif role == "tool":
+    how, text = "json_content", json.dumps(content, ensure_ascii=False)
+  else:
+    how, text = "content_not_text", ""
+  reasons[how] = None
+  return _clean(text, reasons)
 
 
 def _clean(text: str, reasons) -> str:
@@ -182,7 +225,7 @@ def _clean(text: str, reasons) -> str:
 def _parsed(text):
   try:
     return json.loads(text)
-  except (TypeError, json.JSONDecodeError):
+  except (TypeError, ValueError, RecursionError):
     raise _Dropped("bad_tool_call") from None
 
 

@@ -210,12 +210,13 @@ def make_eval_batches(data, seed: int, tokenizer, template: Template, batch_size
                       rows: int = 0) -> EvalBatches:
   """Every row of the evaluation set once, in the source's order, [] when there is none; the last batch is filled up with padding rows.
 
-  `rows` limits the rows (0: all). Row ids count from 0, padding rows included, and every host gets the same number of batches.
+  `rows` limits the rows (0: all); which ones depends on the seed. Row ids count from 0, padding rows included, and every host gets the same number of batches.
   """
   _check_batch(batch_size, hosts)
   examples, pad = prepare(data, seed, tokenizer, template, "eval"), pad_id(tokenizer)
   plan = pack_in_groups(examples.lengths, data.length) if data.pack else [[i] for i in range(len(examples))]
-  plan = plan[:rows] if rows else plan
+  if rows and rows < len(plan):                # by chance, not the first: packing puts the longest examples there
+    plan = [plan[i] for i in sorted(np.random.default_rng(seed).permutation(len(plan))[:rows])]
   local, batches = batch_size // hosts, EvalBatches()
   for start in range(0, len(plan), batch_size):
     mine = range(start + host * local, start + (host + 1) * local)

@@ -12,6 +12,7 @@ import json
 import pathlib
 import re
 import sys
+import zlib
 from typing import Any
 
 from jaxsft.errors import UserError
@@ -93,14 +94,16 @@ def _read(name: str, file, knob: str) -> tuple[list[dict], list[int] | None]:
   if name.endswith(".parquet"):
     return _read_parquet(name, knob), None
   text = _text(name, file, knob)
-  if ".json" in name and ".jsonl" not in name:
+  if pathlib.Path(name).name.endswith((".json", ".json.gz")):
+    if not text.strip():
+      return [], None
     try:
       return _json_records(name, json.loads(text), knob), None
     except json.JSONDecodeError as error:
-      if not text.strip():
-        return [], None
       if "Extra data" not in error.msg:    # several values one after the other: JSON lines under another name
         raise UserError(f"{name}:{error.lineno}: broken JSON ({error.msg})", wanted="a list of objects", knob=knob) from None
+    except (ValueError, RecursionError) as error:      # a number of thousands of digits, brackets without end
+      raise UserError(f"{name}: JSON that cannot be read ({error})", wanted="a list of objects", knob=knob) from None
   return _json_lines(name, text, knob)
 
 
@@ -111,12 +114,12 @@ def _text(name: str, file, knob: str) -> str:
     else:
       raw = gzip.decompress(file.read_bytes()) if name.endswith(".gz") else file.read_bytes()
     return raw.decode("utf-8-sig")
-  except (UnicodeDecodeError, OSError, EOFError) as error:
+  except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
     raise UserError(f"{name} cannot be read ({error})", wanted="UTF-8 text", knob=knob) from None
 
 
 def _json_records(name: str, value, knob: str) -> list[dict]:
-  if isinstance(value, dict) and isinstance(value.get("data"), list):
+  if isinstance(value, dict) and isinstance(value.get("data"), list) and not all(isinstance(item, str) for item in value["data"]):
     value = value["data"]
   if not isinstance(value, list):
     value = [value]
@@ -133,8 +136,8 @@ def _json_lines(name: str, text: str, knob: str) -> tuple[list[dict], list[int]]
       continue
     try:
       record = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise UserError(f"{name}:{number}: broken JSON ({error.msg})", wanted="one JSON object a line", knob=knob) from None
+    except (ValueError, RecursionError) as error:
+      raise UserError(f"{name}:{number}: broken JSON ({getattr(error, 'msg', error)})", wanted="one JSON object a line", knob=knob) from None
     if not isinstance(record, dict):
       raise UserError(f"{name}:{number}: the record is a {type(record).__name__}", wanted="one JSON object a line", knob=knob)
     rows.append(record)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import pathlib
 import sys
 
+from jaxsft import config
 from jaxsft.data.formats import Drop, canonicalise
 from jaxsft.data.records import read_records
 from jaxsft.data.template import Refused, get_template
@@ -79,21 +78,6 @@ def parser() -> argparse.ArgumentParser:
   return out
 
 
-def _config(text: str):
-  """get_config(argument) of an experiment file."""
-  file, _, argument = text.partition(":")
-  place = pathlib.Path(file)
-  if not place.is_file():
-    raise UserError(f"{file} does not exist", wanted="an experiment file", knob="--config")
-  spec = importlib.util.spec_from_file_location("experiment", place)
-  if spec is None or spec.loader is None:
-    raise UserError(f"{file} is no Python file", wanted="an experiment file", knob="--config")
-  module = importlib.util.module_from_spec(spec)
-  sys.path.insert(0, str(pathlib.Path.cwd()))
-  spec.loader.exec_module(module)
-  return module.get_config(argument or None)
-
-
 class _Source:
   """What read_records asks for, made of flags."""
 
@@ -103,7 +87,7 @@ class _Source:
 
 def run(arguments) -> dict:
   """The trace that the flags ask for. Raises UserError."""
-  c = _config(arguments.config) if arguments.config else None
+  c = config.load(arguments.config) if arguments.config else None
   given = vars(arguments)
 
   def value(name, from_config, default):

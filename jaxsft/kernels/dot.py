@@ -13,11 +13,12 @@ def dot(x, kernel):
   return jnp.dot(x, kernel.astype(x.dtype))
 
 
-def embed(tokens_BT, table_VD, segment_ids_BT, dtype):
-  """Rows of the embedding table, [B, T, D] in `dtype`. A rich leaf (NEFTune's noisy table) answers with its own `embed`."""
+def embed(tokens_BT, table_VD, segment_ids_BT, dtype, scale: float = 1.0):
+  """Rows of the embedding table times `scale`, [B, T, D] in `dtype`. A rich leaf (NEFTune's noisy table) answers with its own `embed_tokens`."""
   if hasattr(table_VD, "embed_tokens"):
-    return table_VD.embed_tokens(tokens_BT, segment_ids_BT, dtype)
-  return jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
+    return table_VD.embed_tokens(tokens_BT, segment_ids_BT, dtype, scale)
+  x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
+  return x_BTD * jnp.asarray(scale, dtype) if scale != 1.0 else x_BTD
 
 
 def table(leaf) -> jax.Array:

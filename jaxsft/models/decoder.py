@@ -179,8 +179,8 @@ def logits(cfg, params, hidden_CD, precision=None):
 
 
 def _embedded(cfg, params, tokens_BT, segments_BT, dtype):
-  x_BTD = embed(tokens_BT, params["embed_tokens"]["embedding"], segments_BT, jnp.dtype(dtype))
-  return x_BTD * jnp.asarray(cfg.hidden_size ** 0.5, x_BTD.dtype) if families.FAMILIES[cfg.model_type].scaled_embedding else x_BTD
+  scale = cfg.hidden_size ** 0.5 if families.FAMILIES[cfg.model_type].scaled_embedding else 1.0
+  return embed(tokens_BT, params["embed_tokens"]["embedding"], segments_BT, jnp.dtype(dtype), scale)
 
 
 def _rotations(cfg, positions_BT, lengths_BT):

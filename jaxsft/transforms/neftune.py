@@ -20,8 +20,9 @@ class NoisyTable:
   alpha: float
   length: str
 
-  def embed_tokens(self, tokens_BT, segment_ids_BT, dtype):
-    clean_BTD = jnp.take(self.table, tokens_BT, axis=0).astype(jnp.float32)
+  def embed_tokens(self, tokens_BT, segment_ids_BT, dtype, scale: float = 1.0):
+    """scale: of the embeddings (Gemma), not of the noise: transformers' hook sees what the embedding module gives."""
+    clean_BTD = jnp.take(self.table, tokens_BT, axis=0).astype(jnp.float32) * scale
     return (clean_BTD + jax.lax.stop_gradient(noise(self.row_seeds, segment_ids_BT, clean_BTD.shape[-1], self.alpha, self.length))).astype(dtype)
 
 

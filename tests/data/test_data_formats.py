@@ -113,6 +113,58 @@ def test_arguments_on_the_wire_are_json_text_and_become_an_object():
   assert got.tools == [{"type": "function", "function": {"name": "f", "parameters": {}}}]
 
 
+@pytest.mark.parametrize("content, text, reason", [
+    ([{"type": "text", "text": "A"}, {"type": "text", "text": "B"}], "AB", "joined_parts"), ([{"text": "A"}], "A", "joined_parts"),
+    (42, "42", "number_content"), (0.5, "0.5", "number_content"),
+    ([{"type": "image", "url": "x"}], "", "content_not_text"), ({"a": 1}, "", "content_not_text"), (True, "", "content_not_text"),
+])
+def test_contents_that_are_no_strings_leave_a_reason(content, text, reason):
+  """Training on half a record without a word is what the peers do."""
+  got = canonicalise({"messages": [{"role": "system", "content": content}, *turns("u:A a:B")]})
+  assert (got.messages[0]["content"] if text else got.messages[0]["role"]) == (text or "user") and list(got.reasons) == [reason]
+  got = canonicalise({"messages": [*turns("u:A"), {"role": "assistant", "content": content}]})
+  assert got.messages[1]["content"] == text if text else got.code == "no_assistant"
+
+
+def test_alpaca_inputs_that_are_no_strings_and_its_history():
+  user = lambda record: canonicalise(record).messages[0]["content"]
+  assert user({"instruction": "double", "input": 21, "output": "42"}) == "double\n21"
+  assert user({"instruction": "sum", "input": [1, 2], "output": "3"}) == "sum\n[1, 2]"
+  assert canonicalise({"instruction": "double 21", "output": 42}).messages[1]["content"] == "42"
+  got = canonicalise({"instruction": "C", "output": "D", "history": [["A", "B"]], "system": "S"})
+  assert got.messages == turns("s:S u:A a:B u:C a:D")
+
+
+def test_null_columns_count_as_absent():
+  """A Parquet file has every column in every row."""
+  got = canonicalise({"instruction": None, "output": None, "question": None, "answer": None, "prompt": "A", "completion": "B"})
+  assert got.messages == turns("u:A a:B") and got.schema == "prompt_completion"
+  assert canonicalise({"messages": [{"role": None, "from": "human", "content": None, "value": "A"}, *turns("a:B")]}).messages == turns("u:A a:B")
+
+
+@pytest.mark.parametrize("weight, trained", [("0", False), ("false", False), (0.0, False), ("True", True), (1, True), (None, True)])
+def test_weights_in_any_spelling(weight, trained):
+  got = canonicalise({"messages": [*turns("u:A"), {"role": "assistant", "content": "B", "weight": weight}]})
+  assert got.messages[1].get("trained", True) is trained
+
+
+@pytest.mark.parametrize("weight", [0.3, "half", 2, [1]])
+def test_a_weight_between_drops_the_record(weight):
+  assert canonicalise({"messages": [*turns("u:A"), {"role": "assistant", "content": "B", "weight": weight}]}).code == "bad_weight"
+
+
+def test_what_a_tool_says_keeps_its_name_and_its_call():
+  call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+  said = {"role": "tool", "content": {"r": [1]}, "tool_call_id": "c1", "name": "f"}
+  got = canonicalise({"messages": [*turns("u:A"), {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "hm"}, said, *turns("a:B")]})
+  assert got.messages[2] == said | {"content": '{"r": [1]}'} and list(got.reasons) == ["reasoning_dropped", "json_content"]
+
+
+@pytest.mark.parametrize("record", [{"prompt": [{"role": ["user"], "content": "A"}], "completion": "B"}, {"messages": [{"role": {}, "content": 1}]}])
+def test_a_role_that_is_no_string_is_unknown(record):
+  assert canonicalise(record).code == "unknown_role"
+
+
 def test_unknown_format_names_the_nearest():
   with pytest.raises(UserError, match="unknown format 'alpacca'.*did you mean 'alpaca'.*data.train.format"):
     canonicalise({}, "alpacca")

@@ -34,6 +34,14 @@ def test_every_container_gives_the_same_records(tmp_path):
   assert len(read_records(source(tmp_path))) == len(read_records(source(tmp_path / "*"))) == 12
 
 
+def test_the_file_s_own_name_says_what_it_is_and_strings_under_data_are_one_record(tmp_path):
+  (tmp_path / "set.jsonl").mkdir()
+  (tmp_path / "set.jsonl/a.json").write_text(json.dumps([A, B], indent=1))
+  assert len(read_records(source(tmp_path / "set.jsonl/a.json"))) == 2
+  (tmp_path / "strings.json").write_text(json.dumps({"data": ["hi", "hello"]}))
+  assert read_records(source(tmp_path / "strings.json"))[0] == {"data": ["hi", "hello"]}
+
+
 def test_line_separators_inside_a_string_do_not_end_a_line(tmp_path):
   (tmp_path / "a.jsonl").write_text('{"question": "a\u2028b\x85", "answer": "c"}\n', encoding="utf-8")
   assert read_records(source(tmp_path / "a.jsonl"))[0]["question"] == "a\u2028b\x85"
@@ -57,12 +65,17 @@ def test_provenance_over_several_files(tmp_path):
     ("bad.json", '[{"a": 1},\n {"a": ]', r"bad.json:2: broken JSON"),
     ("list.jsonl", "[1]", r"list.jsonl:1: the record is a list"),
     ("numbers.json", "[1, 2]", r"numbers.json:1: the record is a int"),
+    ("broken.jsonl.gz", gzip.compress(b'{"a": 1}' * 100)[:20] + b"\xff" * 40, r"broken.jsonl.gz cannot be read"),
+    ("digits.jsonl", '{"a": ' + "9" * 5000 + "}", r"digits.jsonl:1: broken JSON"),
+    ("digits.json", '{"a": ' + "9" * 5000 + "}", r"digits.json: JSON that cannot be read"),
+    ("brackets.json", "[" * 100_000, r"brackets.json: JSON that cannot be read"),
+    ("brackets.jsonl", "[" * 100_000, r"brackets.jsonl:1: broken JSON"),
     ("notes.txt", "x", r"notes.txt has an unknown extension; wanted one of .json, .jsonl"),
     ("bad.parquet", "x", r"bad.parquet is no readable Parquet file"),
 ])
 def test_what_the_user_is_told(tmp_path, name, content, message):
   if content is not None:
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
   with pytest.raises(UserError, match=message) as caught:
     read_records(source(tmp_path / name))
   assert "\n" not in str(caught.value)

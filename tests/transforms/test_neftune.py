@@ -106,6 +106,16 @@ def loss_function(**options):
   return jax.jit(loss)
 
 
+def test_the_noise_is_not_scaled_with_the_embeddings():
+  """Gemma multiplies its embeddings by sqrt(D) inside the module that transformers' hook adds noise behind."""
+  from jaxsft.kernels.dot import embed
+  table, seeds = jnp.full((20, 16), 2.0), jnp.zeros((2, 2), jnp.uint32)
+  noisy = neftune.NoisyTable(table, seeds, 5.0, "segment")
+  once, scaled = (embed(ROWS["tokens"], noisy, ROWS["segment_ids"], jnp.float32, scale) for scale in (1.0, 4.0))
+  np.testing.assert_allclose(np.asarray(scaled) - 8.0, np.asarray(once) - 2.0, atol=1e-6)
+  np.testing.assert_array_equal(embed(ROWS["tokens"], table, ROWS["segment_ids"], jnp.float32, 4.0), np.full((2, 12, 16), 8.0))
+
+
 def test_evaluation_is_exactly_the_clean_model():
   clean, noisy = loss_function(alpha=0.0), loss_function()
   np.testing.assert_array_equal(noisy(params(), ROWS, None), clean(params(), ROWS, None))
