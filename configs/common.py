@@ -7,6 +7,9 @@ from ml_collections import ConfigDict
 ALL_LINEAR = r"(q|k|v|o|gate|up|down)_proj/kernel$"
 
 
+WORDS = {"1": True, "true": True, "yes": True, "": True, "0": False, "false": False, "no": False}
+
+
 def parse(arg: str | None, **defaults):
   """The text after the config's colon, "model=DIR,data=FILE,smoke=true", over `defaults`; values take the default's type."""
   values = dict(defaults)
@@ -14,8 +17,12 @@ def parse(arg: str | None, **defaults):
     name, _, text = part.partition("=")
     if name not in values:
       raise ValueError(f"config argument {name!r} is unknown; wanted one of {', '.join(sorted(values))}")
-    kind = type(values[name])
-    values[name] = text.lower() in ("1", "true", "yes", "") if kind is bool else kind(text)
+    if isinstance(values[name], bool):
+      if text.lower() not in WORDS:
+        raise ValueError(f"config argument {name}={text!r} is no truth value; wanted true or false")
+      values[name] = WORDS[text.lower()]
+    else:
+      values[name] = type(values[name])(text)
   return ConfigDict(values)
 
 
@@ -55,20 +62,32 @@ def base() -> ConfigDict:
   c.method = ConfigDict(dict(name="sft", beta=0.1))                                              # beta: dpo
   c.loss_chunk = 1024               # tokens whose logits exist at the same time
   c.optim = ConfigDict(dict(
-      name="adamw", learning_rate=2e-4,
+      name="adamw",                 # adamw | adafactor | lion | muon | adamw8bit | schedule_free, see below
+      learning_rate=2e-4,
+      # adamw 2e-4 with adapters, 1e-5 full; adamw8bit, muon: as adamw (a Muon update has the size of an AdamW one; b1 is its momentum, 0.95 is usual)
+      # adafactor: as adamw to 3 times it (no momentum; b1, b2 and eps are not read)       lion: a tenth to a third, with b2 0.99 and 3 to 10 times the decay
+      # schedule_free: 1 to 10 times adamw's, with schedule "constant" and some warm-up; its weights are an average, which evaluation and exports use
       schedule="cosine",            # constant | linear | cosine | wsd
       warmup=0.03,                  # below 1: a share of the steps; else steps
       decay=0.2,                    # wsd only: the share of steps that decays
       final=0.0,                    # the last learning rate, as a share of the peak
       weight_decay=0.0, no_decay=r"(norm|bias|layernorm)", b1=0.9, b2=0.999, eps=1e-8,
       clip_norm=1.0,                # 0: off
-      state="float32"))             # float32 | bfloat16_stochastic
+      state="float32",              # float32 | bfloat16_stochastic (adamw, lion)
+      ema=0.0,                      # decay of an average of the weights, over about 1 / (1 - ema) steps; evaluation, samples and exports use it. 0: off
+      spike_sigma=0.0,              # a step whose loss or gradient norm is over mean + this many deviations of the last spike_window steps moves nothing
+      spike_window=50))             # steps; none is judged before so many are recorded. spike_sigma 0: off (6 is usual); NaN stops the run either way
   c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))        # -1: what is left of the devices
   c.eval = ConfigDict(dict(every=100, rows=0))                # every 0: never; rows 0: all
   c.sample = ConfigDict(dict(prompts=(), max_new_tokens=128, temperature=0.0))   # shown with each evaluation
-  c.checkpoint = ConfigDict(dict(every=100, keep=2, keep_best=True))
-  c.log = ConfigDict(dict(every=10, tensorboard=True))
-  return c
+  c.checkpoint = ConfigDict(dict(
+      every=100, keep=2, keep_best=True,      # steps; the newest `keep` of these and the one of lowest evaluation loss stay
+      every_minutes=0.0))                     # 0: off; a save so long after the last one, beside `keep`, gone with the next save
+  c.log = ConfigDict(dict(
+      every=10, tensorboard=True,
+      wandb="",                               # a Weights & Biases project (pip install 'jaxsft[wandb]'); "": off
+      layer_norms=False))                     # norms of gradient and parameters by leaf and layer, computed in each step
+  return c.lock()                   # from here on a key that is not above is an error
 
 
 def qlora(c: ConfigDict) -> ConfigDict:
@@ -90,8 +109,10 @@ def full(c: ConfigDict) -> ConfigDict:
 
 
 def smoke(c: ConfigDict) -> ConfigDict:
-  """The same graph on a tiny random model and the repository's own data: a CPU runs it in under a minute."""
-  c.model.path, c.data.tokenizer, c.data.train.path, c.data.eval.path = "", "bytes", "demo/tickets_train.jsonl", "demo/tickets_eval.jsonl"
+  """The same graph on a tiny random model, on the repository's own data unless other is named: a CPU runs it in under a minute."""
+  if not c.data.train.path:
+    c.data.train.path, c.data.eval.path = "demo/tickets_train.jsonl", c.data.eval.path or "demo/tickets_eval.jsonl"
+  c.model.path, c.data.tokenizer = "", "bytes"
   c.model.shape = ConfigDict(dict(model_type="llama", vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                                   num_key_value_heads=2, max_position_embeddings=4096))
   c.data.template, c.data.length, c.batch_size, c.micro_batches, c.steps, c.epochs = "tokenizer", 512, 8, 2, 6, 0.0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-import re
+import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,16 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxsft import sharding
-from jaxsft.convert.load import check_tokenizer, load_params
+from jaxsft import arithmetic, sharding
+from jaxsft.convert.load import Read, check_tokenizer, load_params, nf4_notes, wants_nf4
 from jaxsft.convert.orbax import run_meta
 from jaxsft.convert.source import Source, open_source
 from jaxsft.data.tokenizer import load_tokenizer
 from jaxsft.errors import UserError
 from jaxsft.models import decoder, families
 from jaxsft.models.config import ModelConfig
-from jaxsft.transforms import nf4
 from jaxsft.transforms import tree as trees
+
+TRAINED_DTYPE = {"float32": "float32", "bfloat16_stochastic": "bfloat16"}
 
 
 class Base(NamedTuple):
@@ -51,6 +53,9 @@ def open_base(c) -> Base:
   else:
     raise UserError("a random model has no tokenizer", wanted="a tokenizer ('bytes' is built in)", knob="data.tokenizer")
   check_tokenizer(tokenizer, cfg)
+  if c.data.length > cfg.max_position_embeddings and cfg.rope_parameters["rope_type"] != "dynamic":
+    raise UserError(f"data.length is {c.data.length} and the model knows {cfg.max_position_embeddings} positions", wanted="at most that",
+                    knob="data.length, or a rope scaling in the model's config.json")
   _check_rules(c, cfg)
   return Base(cfg, source, tokenizer)
 
@@ -65,13 +70,20 @@ def _check_rules(c, cfg):
       trees.matching(among, regex, knob)
 
 
-def load(c, base: Base, mesh):
+def load(c, base: Base, mesh, init=None, trained: Callable[[str], bool] = lambda path: False):
   """The parameter tree on the mesh: c.nf4.targets as NF4Array, the rest in c.model.base_dtype.
 
-  Errors: what reading raises.
+  Kernels that the file holds in NF4 stay what they are, to the bit, where c.nf4.targets names them, and are dequantised elsewhere.
+  trained(path): leaves that are trained themselves, and have c.optim.state's type whatever base_dtype is.
+  init: the method's; with it, the bytes that each device will hold are told first (arithmetic.tell).
+  Errors: what reading raises, and what arithmetic refuses.
   """
-  make_leaf = functools.partial(_leaf, c, mesh)
+  if init:
+    arithmetic.tell(c, base.cfg, mesh, init, base.source, functools.partial(_dtype, c, trained))
+  make_leaf = functools.partial(_leaf, c, mesh, trained)
   if base.source:
+    for note in nf4_notes(base.source, base.cfg, c.nf4.targets, c.nf4.double_quant):
+      print(f"note: {note}", file=sys.stderr)
     return load_params(base.source, base.cfg, make_leaf)
   return _random(base.cfg, c.seed, make_leaf)
 
@@ -82,17 +94,25 @@ def _random(cfg, seed, make_leaf):
   leaves = {}
   for name in families.leaves(cfg):
     array = np.asarray(params[name.path])
-    read = lambda layer, array=array: array if layer is None else array[layer]
+    read = Read(functools.partial(_layer_of, array))
     leaves[name.path] = make_leaf(name.path, array.shape[1:] if name.stacked else array.shape, cfg.num_hidden_layers if name.stacked else None, read)
   return trees.unflatten(leaves)
 
 
-def _leaf(c, mesh, path, shape, layers, read):
-  quantised = bool(c.nf4.targets) and bool(trees.kernels([path])) and re.search(c.nf4.targets, path)
-  convert = (lambda x: nf4.quantise(jnp.asarray(x), c.nf4.double_quant)) if quantised else functools.partial(_cast, dtype=jnp.dtype(c.model.base_dtype))
+def _layer_of(array, layer):
+  return array if layer is None else array[layer]
+
+
+def _dtype(c, trained, path):
+  return jnp.dtype(TRAINED_DTYPE[c.optim.state] if trained(path) else c.model.base_dtype)
+
+
+def _leaf(c, mesh, trained, path, shape, layers, read):
+  def one(layer):
+    return read.as_nf4(layer, c.nf4.double_quant) if wants_nf4(c.nf4.targets, path) else _cast(read(layer), _dtype(c, trained, path))
   if layers is None:
-    return _placed(path, convert(read(None)), mesh)
-  return _stacked(path, (convert(read(layer)) for layer in range(layers)), layers, mesh)
+    return _placed(path, one(None), mesh)
+  return _stacked(path, (one(layer) for layer in range(layers)), layers, mesh)
 
 
 def _cast(x, dtype):

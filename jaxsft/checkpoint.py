@@ -6,6 +6,7 @@ import logging
 import pathlib
 import shutil
 import sys
+import time
 from typing import Any
 
 import jax
@@ -53,33 +54,71 @@ def _refill(tree, leaves):
   return jax.tree_util.tree_map_with_path(lambda path, like: view(leaves[_name(path)], like), tree)
 
 
-class Checkpoints:
-  """The folder DIR/checkpoints: asynchronous saves, the newest `keep` and, with keep_best, the one of lowest evaluation loss."""
+TEMPORARY = "temporary"      # among the metrics that Orbax keeps with a step, so that a restart knows
+ASK_EVERY = 16               # steps between two questions to host 0 for its clock: each waits for the steps in flight
 
-  def __init__(self, directory, keep: int = 2, keep_best: bool = True, read_only: bool = False):
+
+class Kept:
+  """What Orbax may not delete: what `lasting` keeps of the saves that last, and the newest of all, so that a temporary one is gone with the next."""
+
+  def __init__(self, lasting):
+    self.lasting = lasting
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    """One truth value a checkpoint, oldest first."""
+    lasting = [info for info in checkpoints if not (info.metrics or {}).get(TEMPORARY)]
+    kept = {info.step for info, keep in zip(lasting, self.lasting.should_preserve(lasting, context=context)) if keep}
+    return [info.step in kept or info is checkpoints[-1] for info in checkpoints]
+
+
+class Checkpoints:
+  """The folder DIR/checkpoints: asynchronous saves, the newest `keep` and, with keep_best, the one of lowest evaluation loss.
+
+  Two policies: what the caller saves by its steps lasts by the rule above; a temporary save, `due` every_minutes after the save before it, stays until
+  the next one of either kind and counts in neither. clock: seconds, of this host.
+  """
+
+  def __init__(self, directory, keep: int = 2, keep_best: bool = True, read_only: bool = False, every_minutes: float = 0.0, clock=time.monotonic):
     policy = checkpoint_managers.preservation_policy
-    kept, loss = [policy.LatestN(max(1, keep))], lambda metrics: metrics["eval_loss"]
+    kept, loss = [policy.LatestN(max(1, keep))], lambda metrics: metrics.get("eval_loss", float("inf"))
     if keep_best:
       kept.append(policy.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False))
     self.directory = pathlib.Path(directory).absolute()
+    if self.directory.exists() and not self.directory.is_dir():
+      raise UserError(f"{self.directory} is a file", wanted="a folder of checkpoints, or nothing", knob="--workdir")
     self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
-        preservation_policy=policy.AnyPreservationPolicy(kept), best_fn=loss, best_mode="min",       # best_fn: else losses are not written for a restart
+        preservation_policy=Kept(policy.AnyPreservationPolicy(kept)), best_fn=loss, best_mode="min",       # best_fn: else losses are not written for a restart
         create=not read_only, read_only=read_only, cleanup_tmp_directories=not read_only))
+    self._period, self._clock = 60 * every_minutes, clock
+    self._saved = clock()
 
   def steps(self) -> list[int]:
     """Complete checkpoints, oldest first."""
     return sorted(self._manager.all_steps())
 
-  def save(self, step: int, state, data: dict[str, Any], meta: dict[str, Any], eval_loss: float | None = None):
+  def due(self, step: int) -> bool:
+    """Whether a temporary save is due after this step: by the clock of host 0, for all hosts must save together."""
+    late = bool(self._period) and self._clock() - self._saved >= self._period
+    if not self._period or jax.process_count() == 1:
+      return late
+    if step % ASK_EVERY:
+      return False
+    from jax.experimental import multihost_utils
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(late)))
+
+  def save(self, step: int, state, data: dict[str, Any], meta: dict[str, Any], eval_loss: float | None = None, *, evaluated=None, temporary: bool = False):
     """Starts a save; returns once the arrays are copied, so that they may be donated. A failed earlier save is raised here.
 
+    evaluated: a tree like `state`, of the leaves that evaluation and exports use in place of the state's (an average); `read` gives these.
     Errors: UserError when the disk is full; the previous checkpoint stays good, for a step exists only when it is whole.
     """
-    leaves = storable(state)
-    self._check_disk(sum(leaf.nbytes for leaf in leaves.values()))
+    items = {"state": storable(state)} | ({"evaluated": storable(evaluated)} if evaluated is not None else {})
+    self._check_disk(sum(leaf.nbytes for leaves in items.values() for leaf in leaves.values()))
+    facts = {TEMPORARY: 1.0} if temporary else None if eval_loss is None else {"eval_loss": float(eval_loss)}
     with disk_errors(self.directory):
-      self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(leaves), data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta)),
-                         metrics=None if eval_loss is None else {"eval_loss": float(eval_loss)}, force=True)
+      self._manager.save(step, args=ocp.args.Composite(data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta),
+                                                       **{name: ocp.args.StandardSave(leaves) for name, leaves in items.items()}), metrics=facts, force=True)
+    self._saved = self._clock()
 
   def check(self):
     """Raises what a background save has run into, if it has; waits for nothing."""
@@ -103,14 +142,20 @@ class Checkpoints:
     return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
   def read(self, step: int, prefix: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
-    """(leaves as they were saved whose path begins with `prefix`, as numpy on the host; meta): for tools that know no training state."""
-    folder = self.directory / str(step) / "state"
+    """(leaves as they were saved whose path begins with `prefix`, as numpy on the host; meta): for tools that know no training state.
+
+    Where evaluation used other leaves than the state's, it gives those that evaluation used.
+    """
+    averaged = self._leaves(step, "evaluated", prefix) if (self.directory / str(step) / "evaluated").is_dir() else {}
+    return self._leaves(step, "state", prefix, but=averaged) | averaged, self.meta(step)
+
+  def _leaves(self, step: int, item: str, prefix: str, but=()) -> dict[str, Any]:
+    folder = self.directory / str(step) / item
     handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())  # a fresh manager has no metadata of an item that it never saved
     saved = dict(handler.metadata(folder).item_metadata.tree)
-    target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in saved.items() if name.startswith(prefix)}
+    target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in saved.items() if name.startswith(prefix) and name not in but}
     how = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in target}
-    leaves = handler.restore(folder, args=ocp.args.PyTreeRestore(item=target, restore_args=how, partial_restore=True)) if target else {}
-    return leaves, self.meta(step)
+    return handler.restore(folder, args=ocp.args.PyTreeRestore(item=target, restore_args=how, partial_restore=True)) if target else {}
 
   def close(self):
     """Ends the background threads; waits for the save under way (an interpreter that exits sooner loses it)."""

@@ -22,8 +22,9 @@ def load(reference: str) -> ConfigDict:
   Errors: UserError for a missing file or an argument that the file refuses.
   """
   path, _, argument = reference.partition(":")
-  if not pathlib.Path(path).is_file():
-    raise UserError(f"config file {path!r} does not exist", wanted="a Python file with get_config(arg)", knob="--config")
+  if not pathlib.Path(path).is_file() or not path.endswith(".py"):
+    what = "is no Python file" if pathlib.Path(path).is_file() else "does not exist"
+    raise UserError(f"config file {path!r} {what}", wanted="a Python file with get_config(arg)", knob="--config")
   sys.path.insert(0, str(pathlib.Path(path).resolve().parent.parent))       # configs import configs.common
   spec = importlib.util.spec_from_file_location("jaxsft_config", path)
   assert spec and spec.loader
@@ -33,8 +34,10 @@ def load(reference: str) -> ConfigDict:
     config = module.get_config(argument or None)
   except (ValueError, KeyError) as error:
     raise UserError(f"{path}: {error}", knob="--config=FILE:name=value,...") from None
-  except (AttributeError, SyntaxError, ImportError) as error:
+  except Exception as error:      # the file is the user's: whatever it raises is told, not traced
     raise UserError(f"{path} is no config ({type(error).__name__}: {error})", wanted="get_config(arg) that fills common.base()", knob="--config") from None
+  if not isinstance(config, ConfigDict):
+    raise UserError(f"{path}: get_config gave {type(config).__name__}", wanted="the ConfigDict of common.base(), filled", knob="--config")
   config.lock()
   return config
 
@@ -97,22 +100,31 @@ def to_json(config: ConfigDict) -> str:
 
 def differences(saved: str, config: ConfigDict) -> list[str]:
   """'key: then -> now' for each key in which a saved config differs."""
-  old, new = json.loads(saved), json.loads(to_json(config))
+  try:
+    old, new = json.loads(saved), json.loads(to_json(config))
+  except ValueError:
+    old = None
+  if not isinstance(old, dict):
+    return ["config.json is none of ours"]
   return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
 
 
 CHOICES = {
-    "model.dtype": ("float32", "bfloat16", "float16"), "model.base_dtype": ("float32", "bfloat16"),
+    "model.dtype": ("float32", "bfloat16"),          # float16 would need a scaled loss
+    "model.base_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla"), "model.remat": ("full", "dots", "none"),
     "data.train_on": ("assistant", "all"), "data.long_rows": ("drop", "truncate", "error"),
-    "neftune.length": ("segment", "row"), "optim.schedule": ("constant", "linear", "cosine", "wsd"), "optim.name": ("adamw",),
+    "neftune.length": ("segment", "row"), "optim.schedule": ("constant", "linear", "cosine", "wsd"),
+    "optim.name": ("adamw", "adafactor", "lion", "muon", "adamw8bit", "schedule_free"),
     "optim.state": ("float32", "bfloat16_stochastic"),
 }
-AT_LEAST_ONE = ("batch_size", "micro_batches", "data.length", "loss_chunk", "log.every", "checkpoint.keep", "sample.max_new_tokens")
+AT_LEAST_ONE = ("batch_size", "micro_batches", "data.length", "loss_chunk", "log.every", "checkpoint.keep", "sample.max_new_tokens",
+                "optim.spike_window")
 NOT_NEGATIVE = ("steps", "epochs", "lora.rank", "neftune.alpha", "data.workers", "data.train.rows", "data.eval.rows", "eval.every", "eval.rows",
-                "checkpoint.every", "sample.temperature", "optim.warmup", "optim.decay", "optim.final", "optim.weight_decay", "optim.clip_norm")
+                "checkpoint.every", "sample.temperature", "optim.warmup", "optim.decay", "optim.final", "optim.weight_decay", "optim.clip_norm",
+                "optim.spike_sigma", "checkpoint.every_minutes")
 POSITIVE = ("optim.learning_rate", "optim.eps", "lora.alpha", "method.beta")
-SHARES = ("lora.dropout", "data.eval_share", "optim.b1", "optim.b2")
+SHARES = ("lora.dropout", "data.eval_share", "optim.b1", "optim.b2", "optim.ema")
 REGEXES = ("lora.targets", "nf4.targets", "freeze", "optim.no_decay")
 
 
@@ -125,14 +137,53 @@ def _check_numbers(flat: dict[str, Any]):
         raise UserError(f"{key} is {flat[key]}", wanted=wanted, knob=key)
 
 
+ROUNDED_STATE = ("adamw", "lion")         # the others keep constants, codes, weights or, Adafactor, next to nothing in their state
+
+
+def _check_schedule(c: ConfigDict):
+  if c.optim.decay > 1:
+    raise UserError(f"optim.decay is {c.optim.decay}", wanted="a share of the steps, at most 1", knob="optim.decay")
+  if c.steps and c.optim.warmup >= 1 and c.optim.warmup >= c.steps:
+    raise UserError(f"optim.warmup is {c.optim.warmup} of {c.steps} steps: the peak learning rate is never reached", wanted="fewer, or a share below 1",
+                    knob="optim.warmup or steps")
+
+
+def _check_optimizer(c: ConfigDict):
+  _check_schedule(c)
+  if c.optim.state == "bfloat16_stochastic" and c.lora.rank:
+    raise UserError("bfloat16 training state with adapters saves nothing worth its noise", wanted="float32", knob="optim.state")
+  if c.optim.state == "bfloat16_stochastic" and c.optim.name not in ROUNDED_STATE:
+    raise UserError(f"optim.state is bfloat16_stochastic and optim.name {c.optim.name}, whose state is not to be rounded", wanted="float32, or adamw or lion",
+                    knob="optim.state or optim.name")
+  if c.optim.name == "schedule_free":
+    if c.optim.schedule != "constant":
+      raise UserError(f"optim.name is schedule_free and optim.schedule {c.optim.schedule}: its average takes the place of a decay", wanted="constant",
+                      knob="optim.schedule")
+    if c.optim.ema:
+      raise UserError("optim.ema is on and schedule_free averages the weights itself", wanted="0", knob="optim.ema")
+    if not c.optim.b1:
+      raise UserError("optim.b1 is 0 and schedule_free divides by it", wanted="more than 0 (0.9)", knob="optim.b1")
+  if c.optim.spike_sigma and c.optim.spike_window < 2:
+    raise UserError(f"optim.spike_window is {c.optim.spike_window}: one value has no deviation", wanted="2 or more", knob="optim.spike_window")
+
+
 def validate(c: ConfigDict):
   """Refuses what cannot work, with the reason, before any array exists. Errors: UserError."""
   flat = flatten(c)
+  needed = {*CHOICES, *AT_LEAST_ONE, *NOT_NEGATIVE, *POSITIVE, *SHARES, *REGEXES, "seed", "sample.prompts", "model.path", "data.train.path"}
+  if missing := sorted(needed - flat.keys()):
+    raise UserError(f"the config lacks {', '.join(missing[:3])}", wanted="common.base(), filled", knob="--config")
   for key, allowed in CHOICES.items():
     if flat[key] not in allowed:
       close = nearest(str(flat[key]), allowed)
       raise UserError(f"{key} is {flat[key]!r}", wanted=f"{' | '.join(allowed)}{f' ({close[0]}?)' if close else ''}", knob=key)
   _check_numbers(flat)
+  if max(c.steps, c.steps * c.batch_size) >= 2 ** 31:
+    raise UserError(f"{c.steps} steps of {c.batch_size} rows", wanted="fewer than 2147483648 rows in all", knob="steps or batch_size")
+  if not 0 <= c.seed < 2 ** 31:
+    raise UserError(f"seed is {c.seed}", wanted="0 to 2147483647", knob="seed")
+  if not all(isinstance(prompt, str) for prompt in c.sample.prompts):
+    raise UserError(f"sample.prompts holds {next(p for p in c.sample.prompts if not isinstance(p, str))!r}", wanted="texts", knob="sample.prompts")
   for key in REGEXES:
     try:
       re.compile(flat[key])
@@ -147,8 +198,9 @@ def validate(c: ConfigDict):
                     knob="lora.rank or nf4.targets")
   if c.freeze and c.lora.rank:
     raise UserError("freeze is set and so is lora.rank: with adapters the whole base rests", wanted="one of them", knob="freeze or lora.rank")
-  if c.optim.state == "bfloat16_stochastic" and c.lora.rank:
-    raise UserError("bfloat16 training state with adapters saves nothing worth its noise", wanted="float32", knob="optim.state")
+  _check_optimizer(c)
+  if c.log.wandb and importlib.util.find_spec("wandb") is None:
+    raise UserError(f"log.wandb is {c.log.wandb!r} and the package wandb is not installed", wanted="pip install 'jaxsft[wandb]'", knob="log.wandb")
   if not c.model.path and not len(c.model.shape):
     raise UserError("no model is named", wanted="an HF directory, a GGUF file, a hub id, or a model.shape for random weights", knob="model.path")
   if not c.data.train.path:

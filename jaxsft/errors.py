@@ -8,12 +8,22 @@ class UserError(Exception):
   """
 
   def __init__(self, found: str, *, wanted: str = "", knob: str = ""):
+    self.found, self.wanted, self.knob = found, wanted, knob
     parts = [found]
     if wanted:
       parts.append(f"wanted {wanted}")
     if knob:
       parts.append(f"set {knob}")
     super().__init__("; ".join(" ".join(part.split()) for part in parts))
+
+
+  def at(self, knob: str) -> "UserError":
+    """The same mistake where another knob leads to it: a base that was moved is --base here and model.path there."""
+    return UserError(self.found, wanted=self.wanted, knob=knob)
+
+
+class NonFinite(Exception):
+  """A loss, a gradient or parameters are NaN or Inf: the run stops with exit 1, and the message names the step and what is known of the cause."""
 
 
 def nearest(name: str, known, limit: int = 1) -> list[str]:

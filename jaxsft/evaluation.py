@@ -7,13 +7,16 @@ import math
 import jax
 
 from jaxsft import sharding
+from jaxsft.errors import NonFinite
+from jaxsft.step import evaluated
 
 
 class Evaluation:
   """The evaluation set and its compiled function: sums over all batches, one division, perplexity."""
 
   def __init__(self, method, batches, mesh):
-    self._evaluate = jax.jit(method.evaluate, out_shardings=sharding.replicated(mesh))
+    averaged = lambda state, frozen, batch: method.evaluate(evaluated(state), frozen, batch)
+    self._evaluate = jax.jit(averaged, out_shardings=sharding.replicated(mesh))
     self._where, self.batches = sharding.batch_sharding(mesh, micro_batched=False), batches
 
   @property
@@ -34,6 +37,8 @@ class Evaluation:
         total[0] += value
         total[1] += count
     report = {f"eval_{name}": value / max(count, 1.0) for name, (value, count) in totals.items()}
+    if not all(map(math.isfinite, report.values())):
+      raise NonFinite(f"the evaluation gives {report}: the model, or a row of the evaluation set, holds what is no number")
     if "eval_loss" in report:
       report["eval_perplexity"] = math.exp(min(report["eval_loss"], 700.0))
     return report

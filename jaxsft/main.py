@@ -56,15 +56,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(c, workdir) -> int:
-  from jaxsft import train
-  from jaxsft.stop import Interrupted
+  from jaxsft.errors import NonFinite
+  from jaxsft.stop import Interrupted, Stop
   try:
+    with Stop() as starting:           # jax takes seconds to import
+      from jaxsft import train
+      starting.check()
     train.run(c, workdir)
     return OK
   except Interrupted as stopped:
     print(stopped, file=sys.stderr)
     return STOPPED
-  except train.NonFinite as error:
+  except NonFinite as error:
     print(f"stopped: {error}", file=sys.stderr)
     return FAILED
 

@@ -1,15 +1,37 @@
-"""Writers of a run's numbers: metrics.jsonl, TensorBoard, and the terminal (a bar with ETA, or plain lines). They sit at the edge."""
+"""Writers of a run's numbers: metrics.jsonl, TensorBoard, W&B, and the terminal (a bar with ETA, or plain lines). They sit at the edge."""
 
 from __future__ import annotations
 
 import json
 import math
 import pathlib
+import resource
+import secrets
 import statistics
 import sys
 import time
 
+from jaxsft.errors import UserError
 from jaxsft.workdir import write_atomically
+
+
+def scalars(values: dict) -> dict[str, float]:
+  """A step's metrics as floats, in the order of their names; what has one value a layer becomes NAME/0, NAME/1, ..."""
+  out: dict[str, float] = {}
+  for name, value in values.items():
+    out |= {f"{name}/{layer}": float(one) for layer, one in enumerate(value)} if getattr(value, "ndim", 0) else {name: float(value)}
+  return out
+
+
+def open_writers(log, path: pathlib.Path, start: int, steps: int, config: dict) -> tuple[list, Terminal]:
+  """(writers, the terminal among them): metrics.jsonl, the terminal, and what the part `log` of a config asks for.
+
+  start: the step that the run resumes from, of `steps`; config: for W&B's page. Errors: UserError for a W&B that does not let the run in.
+  """
+  last = [Wandb(path, log.wandb, config)] if log.wandb else []          # opened first: it may refuse, and a bar must not be left behind
+  terminal = Terminal(start, steps)
+  board = [TensorBoard(path / "tensorboard", start)] if log.tensorboard else []
+  return [JsonLines(path / "metrics.jsonl", start), terminal, *board, *last], terminal
 
 
 class JsonLines:
@@ -27,11 +49,11 @@ class JsonLines:
 
 
 def cut(path: pathlib.Path, start: int):
-  """Takes the lines past step `start` out of a JSONL file, and one that a kill left half."""
+  """Takes the lines past step `start` out of a JSONL file, and one that a kill left half; all of them when nothing was saved (start 0)."""
   if path.exists():
-    lines = path.read_text().splitlines()
-    kept = [line for line in lines if _whole(line, start)]
-    if kept != lines:
+    lines = path.read_text().split("\n")[:-1]       # not splitlines: a text may hold U+2028
+    kept = [line for line in lines if _whole(line, start)] if start else []
+    if "".join(line + "\n" for line in kept) != path.read_text():
       write_atomically(path, "".join(line + "\n" for line in kept))
 
 
@@ -65,6 +87,11 @@ def summarise(lines: list[dict]) -> dict:
   ends = lambda values: (values[0], values[-1]) if values else (None, None)
   return {"train_loss_first": ends(losses)[0], "train_loss_last": ends(losses)[1], "eval_loss_before": ends(evals)[0], "eval_loss_after": ends(evals)[1],
           "tokens_per_second": statistics.median(speeds[1:] or speeds) if speeds else None}
+
+
+def peak_rss_bytes() -> int:
+  """The most memory that this process has held."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def count_tokens(batch) -> int:
@@ -104,6 +131,33 @@ class TensorBoard:
 
   def close(self):
     self._writer.close()
+
+
+class Wandb:
+  """A run of Weights & Biases in project `project`, its files under DIR/wandb; its id is kept in DIR/wandb.json, so that a resumed run goes on in it.
+
+  WANDB_MODE=offline works without a network. Steps written before a kill and made again after it are dropped by W&B: they hold the same numbers.
+  Errors: UserError where the package is missing or W&B refuses.
+  """
+
+  def __init__(self, path: pathlib.Path, project: str, config: dict):
+    try:
+      import wandb
+    except ImportError:
+      raise UserError(f"log.wandb is {project!r} and the package wandb is not installed", wanted="pip install 'jaxsft[wandb]'", knob="log.wandb") from None
+    kept = path / "wandb.json"
+    name = json.loads(kept.read_text())["id"] if kept.exists() else secrets.token_hex(4)
+    write_atomically(kept, json.dumps({"id": name, "project": project}))
+    try:
+      self._run = wandb.init(project=project, id=name, resume="allow", dir=str(path), config=config, settings=wandb.Settings(console="off", silent=True))
+    except wandb.Error as error:
+      raise UserError(f"W&B refuses the run ({error})", wanted="wandb login, or WANDB_MODE=offline", knob="log.wandb") from None
+
+  def write(self, step: int, values: dict):
+    self._run.log(values, step=step)
+
+  def close(self):
+    self._run.finish()
 
 
 SHOWN = {"loss": "loss {:.4f}", "eval_loss": "eval {:.4f}", "grad_norm": "grad {:.3f}", "tokens_per_second": "{:,.0f} tok/s"}

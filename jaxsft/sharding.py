@@ -16,13 +16,15 @@ ROWS = ("data", "fsdp")        # both split the batch; fsdp splits the parameter
 
 # Regexes meet the whole path, so that optimiser moments ("opt/0/mu/layers/...") follow their parameters. Stacked leaves: the L axis is never split.
 RULES = [
+    (r"/v_(row|col)/|norms/(gradient|parameter)/", P()),          # Adafactor's row and column means, norms by layer: a number a row, a column, a layer
     (r"embed_tokens/embedding", P("tensor", "fsdp")),
     (r"lm_head/kernel", P("fsdp", "tensor")),
-    (r"_proj/kernel/a$", P(None, ("fsdp", "tensor"), None)),      # by both, whichever the mesh has: an adapter and its moments are never whole on each device
-    (r"_proj/kernel/b$", P(None, None, ("fsdp", "tensor"))),
+    # by both, whichever the mesh has: an adapter and its moments are never whole on each device
+    (r"_proj/kernel/a(/codes|/absmax)?$", P(None, ("fsdp", "tensor"), None)),
+    (r"_proj/kernel/b(/codes|/absmax)?$", P(None, None, ("fsdp", "tensor"))),
     (r"_proj/kernel/(absmax2|offset)$", P()),
-    (r"(q|k|v|gate|up)_proj/kernel(/codes|/scales)?$", P(None, "fsdp", "tensor")),
-    (r"(o|down)_proj/kernel(/codes|/scales)?$", P(None, "tensor", "fsdp")),
+    (r"(q|k|v|gate|up)_proj/kernel(/codes|/scales|/absmax)?$", P(None, "fsdp", "tensor")),
+    (r"(o|down)_proj/kernel(/codes|/scales|/absmax)?$", P(None, "tensor", "fsdp")),
     (r"(q|k|v|gate|up)_proj/bias", P(None, "tensor")),
     (r"(o|down)_proj/bias", P()),
     (r"norm/scale", P()),
@@ -35,9 +37,11 @@ def make_mesh(c, devices=None) -> Mesh:
   Errors: UserError when the numbers do not fit the devices.
   """
   devices = list(devices if devices is not None else jax.devices())
+  if jax.process_count() > 1:
+    raise UserError(f"{jax.process_count()} processes run this together", wanted="one process with all its devices: several hosts come in a later version")
   sizes = [c.data, c.fsdp, c.tensor]
   fixed = int(np.prod([size for size in sizes if size != -1]))
-  if sizes.count(-1) > 1 or fixed <= 0 or len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
+  if sizes.count(-1) > 1 or min(sizes) < -1 or fixed <= 0 or len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
     raise UserError(f"mesh data={c.data} fsdp={c.fsdp} tensor={c.tensor} does not fit {len(devices)} devices",
                     wanted="a product equal to the number of devices (one axis may be -1)", knob="mesh.data, mesh.fsdp, mesh.tensor")
   return Mesh(np.array(devices).reshape([len(devices) // fixed if size == -1 else size for size in sizes]), AXES)
@@ -50,6 +54,9 @@ def row_shards(mesh: Mesh) -> int:
 
 def check_batch(c, mesh: Mesh):
   """Errors: UserError where rows do not divide over micro-batches and devices."""
+  hosts = [{device.process_index for device in row.flat} for row in mesh.devices.reshape(-1, mesh.devices.shape[-1])]
+  if any(len(owners) > 1 for owners in hosts):         # each would feed rows of its own as the copies of one
+    raise UserError(f"mesh tensor={mesh.shape['tensor']} spans hosts, whose data differ", wanted="a tensor axis inside one host", knob="mesh.tensor")
   parts = c.micro_batches * row_shards(mesh)
   if c.batch_size % parts:
     raise UserError(f"batch_size {c.batch_size} does not divide into {c.micro_batches} micro-batches over {row_shards(mesh)} devices",

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxsft import watch
 from jaxsft.optim import apply_updates
 
 
@@ -37,6 +38,16 @@ class Method(NamedTuple):
   evaluate: Callable
 
 
+def evaluated(state: TrainState) -> TrainState:
+  """The state with the parameters that evaluation, samples and exports use in place of those that move: an average of them where the optimiser keeps one."""
+  return state._replace(trainable=watch.evaluation_params(state.opt, state.trainable))
+
+
+def only_evaluated(state: TrainState):
+  """What `evaluated` puts in the state's place, as a tree for a checkpoint; None where that is the state's own."""
+  return {"trainable": evaluated(state).trainable} if watch.averages(state.opt) else None
+
+
 def collect_one(state, frozen, draw):
   """The identity: one batch a step, nothing remembered."""
   del frozen
@@ -60,7 +71,7 @@ def descend(objective, counts, make_tx):
     micro-batch 1: sum 12 over 4 tokens      a mean of means would be (3 + 1) / 2 = 2
     micro-batch 2: sum  2 over 2 tokens      here (12 + 2) / 6 = 2.33, as in one batch of both
   """
-  tx = make_tx()
+  tx = optax.with_extra_args_support(make_tx())
 
   def step(state: TrainState, frozen, batch):
     window = {term: jnp.maximum(count.sum(), 1.0) for term, count in jax.vmap(counts)(batch).items()}
@@ -71,12 +82,12 @@ def descend(objective, counts, make_tx):
       return sum(coefficient * means[term] for term, (_, coefficient) in terms.items()), (means, metrics)
     (loss, (means, metrics)), gradients = _walk(jax.value_and_grad(loss_of, has_aux=True), state.trainable, batch)
     norm = optax.tree.norm(gradients)
-    updates, opt = tx.update(gradients, state.opt, state.trainable)
+    updates, opt = tx.update(gradients, state.opt, state.trainable, loss=loss, norm=norm)
     key = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), 0x0DD)
     trainable = apply_updates(state.trainable, updates, key)
     report = {"loss": loss, "grad_norm": norm, "supervised_tokens": sum(window.values())}
     report |= {f"loss_{term}": value for term, value in means.items()} if len(means) > 1 else {}
-    report |= {name: value / jnp.maximum(count, 1.0) for name, (value, count) in metrics.items()}
+    report |= {name: value / jnp.maximum(count, 1.0) for name, (value, count) in metrics.items()} | watch.report(opt)
     return TrainState(state.step + 1, trainable, opt, state.aux, state.rng), report
   return step
 

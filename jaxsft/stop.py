@@ -37,10 +37,16 @@ class Stop:
     if again:
       _tell(f"{name} again: leaving at once; the same command goes on from the newest checkpoint")
       os._exit(1)
-    if not self.stepping:
-      raise Interrupted(f"{name} before the first step: there was nothing to save; the same command starts again")
     self.name = name
+    if not self.stepping:
+      self.check()
     _tell(f"{name}: finishing this step, then saving (again: leave at once)")
+
+
+  def check(self):
+    """Raises Interrupted for a signal that came before the first step: where it came, what it raised may have been eaten (a callback of C code)."""
+    if self.name and not self.stepping:
+      raise Interrupted(f"{self.name} before the first step: there was nothing to save; the same command starts again")
 
 
 def _tell(text: str):

@@ -25,6 +25,7 @@ class Workdir:
     self._check_config()
     self.scratch = self.path / ".scratch"          # for what must not outlive the run: a killed run's is removed by the next
     shutil.rmtree(self.scratch, ignore_errors=True)
+    self.scratch.unlink(missing_ok=True)
     self.scratch.mkdir()
 
   def _check_config(self):

@@ -71,6 +71,9 @@ def test_the_argument_fills_in_and_what_it_does_not_know_is_refused():
   assert (c.model.path, c.data.train.path, c.data.eval.path) == ("DIR", "a=b.jsonl", "E")
   with pytest.raises(UserError, match=r"config argument 'modell' is unknown; wanted one of .*model.*; set --config=FILE:name=value"):
     load("qlora_7b.py", "modell=DIR")
+  with pytest.raises(UserError, match=r"config argument smoke='ture' is no truth value; wanted true or false"):
+    load("qlora_7b.py", "smoke=ture")
+  assert load("qlora_7b.py", "smoke=true,data=mine.jsonl").data.train.path == "mine.jsonl"
 
 
 def refused(function, *args):
@@ -86,6 +89,18 @@ def test_a_file_that_is_no_config_is_refused(tmp_path):
   assert "empty.py is no config (AttributeError" in refused(config.load, str(tmp_path / "empty.py"))
   (tmp_path / "broken.py").write_text("def get_config(:\n")
   assert "broken.py is no config (SyntaxError" in refused(config.load, str(tmp_path / "broken.py"))
+  for body, words in (("  raise RuntimeError('no GPU today')", "is no config (RuntimeError: no GPU today"), ("  open('nowhere')", "is no config (FileNotFoundError"),
+                      ("  return None", "get_config gave NoneType")):
+    (tmp_path / "raises.py").write_text(f"def get_config(arg=None):\n{body}\n")
+    assert words in refused(config.load, str(tmp_path / "raises.py"))
+  (tmp_path / "noarg.py").write_text("def get_config():\n  pass\n")
+  assert "noarg.py is no config (TypeError" in refused(config.load, str(tmp_path / "noarg.py"))
+  (tmp_path / "typo.py").write_text("from configs import common\ndef get_config(arg=None):\n  c = common.base()\n  c.lora.rnk = 8\n  return c\n")
+  assert "typo.py" in refused(config.load, str(tmp_path / "typo.py")) and "rnk" in refused(config.load, str(tmp_path / "typo.py"))   # lessons row 23
+  (tmp_path / "list.txt").write_text("x")
+  assert "list.txt' is no Python file" in refused(config.load, str(tmp_path / "list.txt"))
+  (tmp_path / "few.py").write_text("from ml_collections import ConfigDict\ndef get_config(arg=None):\n  return ConfigDict(dict(seed=0))\n")
+  assert "the config lacks batch_size, checkpoint.every" in refused(config.validate, config.load(str(tmp_path / "few.py")))
 
 
 @pytest.mark.parametrize("key, nearest", [("optim.learning_rat", "optim.learning_rate"), ("learning_rate", "optim.learning_rate"), ("lora.dropuot", "lora.dropout"),
@@ -115,6 +130,7 @@ def test_a_value_of_another_type_is_refused(key, text, kind):
 @pytest.mark.parametrize("key", config.CHOICES)
 def test_every_choice_is_refused_outside_its_list_and_taken_inside(key):
   c = load("full_7b.py", "data=FILE")
+  c.optim.schedule = "constant"                # which schedule_free insists on
   for value in config.CHOICES[key]:
     config.override(c, key, value)
     config.validate(c)
@@ -130,7 +146,10 @@ def test_every_choice_is_refused_outside_its_list_and_taken_inside(key):
     ({"lora.rank": 0}, "full fine-tuning of an NF4 base: 4-bit codes have no gradient"), ({"freeze": "embed"}, "freeze"),
     ({"optim.state": "bfloat16_stochastic"}, "optim.state"), ({"model.path": ""}, "no model is named"), ({"data.train.path": ""}, "no training data is named"),
     ({"lora.targets": "(q_proj"}, "is no regular expression"), ({"lora.dropout": 1.0}, "lora.dropout is 1.0"), ({"lora.rank": -1}, "lora.rank is -1"),
-    ({"optim.learning_rate": -1.0}, "optim.learning_rate is -1.0")])
+    ({"optim.learning_rate": -1.0}, "optim.learning_rate is -1.0"), ({"optim.decay": 7.0}, "optim.decay is 7.0"),
+    ({"steps": 10 ** 12}, "1000000000000 steps of 1 rows; wanted fewer"), ({"model.base_dtype": "int8"}, "model.base_dtype is 'int8'"),
+    ({"optim.warmup": 1000.0}, "the peak learning rate is never reached"), ({"seed": 2 ** 40}, "seed is 1099511627776; wanted 0 to 2147483647"),
+    ({"sample.prompts": (1, "a")}, "sample.prompts holds 1; wanted texts"), ({"model.dtype": "float16"}, "model.dtype is 'float16'")])
 def test_what_cannot_work_is_refused_with_the_reason(changes, words):
   c = load("qlora_7b.py", "data=FILE")
   config.validate(c)
@@ -146,3 +165,4 @@ def test_the_saved_json_is_stable_and_names_what_differs():
   config.override(second, "sample.prompts", "['a']")
   assert config.differences(config.to_json(first), second) == ["lora.rank: 16 -> 8", "sample.prompts: [] -> ['a']"]
   assert config.differences(config.to_json(second), second) == []
+  assert config.differences("[]", second) == config.differences("3", second) == config.differences("{", second) == ["config.json is none of ours"]

@@ -8,15 +8,18 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 LAW = {  # a module takes the first entry that its name begins with; what it may import of jaxsft, by prefix
     "data/tokenizer": ("convert.source", "errors", "data"),            # lazily: a GGUF's own tokenizer
+    "data/show": ("config", "errors", "data"),
     "data": ("batch", "errors", "data"),
-    "batch": (), "errors": (), "kernels": ("kernels",), "config": ("errors",), "metrics": ("workdir",),
+    "batch": (), "errors": (), "kernels": ("kernels",), "config": ("errors",), "metrics": ("errors", "workdir"),
     "models": ("batch", "errors", "kernels", "models", "transforms.tree"),
     "losses": ("batch", "kernels"),
     "transforms": ("batch", "errors", "kernels", "losses", "transforms"),
-    "optim": ("errors", "transforms.tree"), "sharding": ("errors",), "step": ("optim",), "checkpoint": ("errors", "workdir"), "workdir": ("config", "errors"),
+    "optim": ("errors", "transforms.tree", "adamw8bit", "watch"), "adamw8bit": ("transforms.tree",), "watch": ("transforms.tree",), "step": ("optim", "watch"),
+    "sharding": ("errors",), "checkpoint": ("errors", "workdir"), "workdir": ("config", "errors"),
     "methods/registry": ("errors", "methods"),
     "methods": ("batch", "errors", "losses", "step", "transforms", "generate", "rewards"),       # never each other
     "convert": ("batch", "errors", "models", "transforms", "kernels", "sharding", "checkpoint", "convert", "data.template", "data.tokenise"),
+    "arithmetic": ("convert", "errors", "models", "sharding", "transforms"),
     "generate": ("errors", "models", "kernels", "transforms"),
 }
 WHOLE = {"main", "train", "chat", "base", "evaluation", "preflight", "inference", "stop"}        # what wires the rest together

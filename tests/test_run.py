@@ -215,8 +215,29 @@ def test_a_signal_saves_and_the_same_command_goes_on(straight, data, tmp_path, n
   assert_same_run(tmp_path, straight("qlora")[0], LAST)
 
 
+def test_a_signal_during_an_evaluation_is_not_called_saved_before_it_is(data, tmp_path, monkeypatch):
+  evaluate = train.Loop._evaluate
+
+  def signal_first(self, number):
+    if number == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+    evaluate(self, number)
+  monkeypatch.setattr(train.Loop, "_evaluate", signal_first)
+  code, said = run(flags(data, tmp_path, checkpoint__every=100))
+  assert code == 75 and said.splitlines()[-1].startswith("SIGTERM: saved step 3 of 4") and steps(tmp_path) == [3]
+
+
+def test_a_run_that_saved_nothing_starts_its_logs_again(data, tmp_path):
+  with signalled(signal.SIGTERM, at=1), pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train.Loop, "_save", lambda *_: None)
+    code, _ = run(flags(data, tmp_path))
+  assert code == 75 and steps(tmp_path) == []
+  assert run(flags(data, tmp_path))[0] == 0
+  assert [line["step"] for line in numbers(tmp_path)] == [0, 1, 2, 3, 4]
+
+
 def test_a_signal_before_the_first_step_stops_at_once(data, tmp_path, monkeypatch):
-  monkeypatch.setattr(bases, "load", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
+  monkeypatch.setattr(bases, "load", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
   code, said = run(flags(data, tmp_path))
   assert code == 75 and len(said.splitlines()) == 1 and "SIGTERM before the first step" in said
 
@@ -259,9 +280,9 @@ def test_parameters_that_are_inf_are_not_saved(stopped, data, tmp_path, monkeypa
   shutil.copytree(stopped, tmp_path / "run")
   save = train.Loop._save
 
-  def overflown(self, number):
+  def overflown(self, number, temporary):
     self.state = self.state._replace(trainable=trees.map_leaves(lambda _, leaf: leaf / 0, self.state.trainable))
-    save(self, number)
+    save(self, number, temporary)
   monkeypatch.setattr(train.Loop, "_save", overflown)
   code, said = run(flags(data, tmp_path / "run"))
   assert code == 1 and "stopped: step 4: a parameter is NaN or Inf after its update; rows 48 to 63" in said.splitlines()[-1]

@@ -10,7 +10,7 @@ import tiny
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from jaxsft import base, sharding
+from jaxsft import base, optim, sharding
 from jaxsft.errors import UserError
 from jaxsft.models import decoder
 from jaxsft.step import TrainState
@@ -34,6 +34,9 @@ def all_trees():
   for family, cfg in FAMILIES.items():
     for mode in tiny.MODES:
       yield f"{family} {mode}", tiny.abstract_state(tiny.settings(mode), cfg)
+  for name in optim.OPTIMIZERS:
+    for mode in (tiny.FULL, tiny.LORA):
+      yield f"{name} {mode}", tiny.abstract_state(tiny.settings(mode, **{"optim.name": name, "optim.ema": 0.9 * (name != "schedule_free")}), tiny.config(hidden_size=128))
   yield "bfloat16 state", tiny.abstract_state(tiny.settings(tiny.FULL, **{"optim.state": "bfloat16_stochastic"}), FAMILIES["llama"])
 
 

@@ -12,6 +12,7 @@ bytes, seconds, drift (null or {max_abs, mean_abs, kl, top1_agreement} of the me
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -82,13 +83,16 @@ def _convert_model(args, local) -> dict:
     raise UserError(f"{args.source} is no adapter", wanted="the workdir of an adapter run, or a peft directory",
                     knob="--to=hf or orbax, without --merge, --base and --base-weights")
   is_run = (local / "checkpoints").is_dir()
+  if args.step is not None and not is_run:
+    raise UserError(f"{args.source} has no checkpoints", wanted="no --step, or the workdir of a run", knob="--step")
   source = orbax.OrbaxSource(local, args.step) if is_run else open_source(args.source, args.revision)
   cfg = ModelConfig.from_hf(source.config, args.source)
   load.check_tensors(source, cfg)
+  for note in load.nf4_notes(source, cfg, "", True):
+    print(f"note: {note}", file=sys.stderr)
   leaves = ((path, read) for path, _, _, read in load.leaf_reads(source, cfg))
   ends = source.meta["end_of_turn_ids"] if isinstance(source, orbax.OrbaxSource) else ()
-  _write(args, cfg, leaves, _tokenizer(source), source.chat_template, source.generation_config, ends, source)
-  _check(args, getattr(source, "meta", {}))
+  _write(args, cfg, leaves, _tokenizer(source), source.chat_template, source.generation_config, ends, source, getattr(source, "meta", {}))
   return {"to": args.to or "hf", "step": source.step if isinstance(source, orbax.OrbaxSource) else None, "parameters": _parameters(cfg)}
 
 
@@ -105,33 +109,33 @@ def _convert_adapter(args, local) -> dict:
   out = {"to": to, "step": adapter.step, "parameters": _parameters(adapter.cfg)}
   if to == "peft":
     from jaxsft.convert.peft import write_peft
+    tokenizer = _tokenizer(adapter)
     write_peft(args.destination, adapter.adapters, adapter.cfg, **adapter.lora, base=adapter.identity, nf4=adapter.nf4,
-               end_of_turn_ids=adapter.end_of_turn_ids, tokenizer=_tokenizer(adapter), chat_template=adapter.chat_template,
-               overwrite=args.overwrite)
-    _check(args, adapter.meta)
+               end_of_turn_ids=adapter.end_of_turn_ids, tokenizer=tokenizer, chat_template=adapter.chat_template,
+               overwrite=args.overwrite, check=_check(args, adapter.meta, tokenizer))
     return out | {"dtype": "float32"}
   _write(args, adapter.cfg, adapter.merged_leaves(weights), _tokenizer(adapter), adapter.chat_template, adapter.base.generation_config,
-         adapter.end_of_turn_ids, adapter.base)
-  _check(args, adapter.meta)
+         adapter.end_of_turn_ids, adapter.base, adapter.meta)
   return out | {"base_weights": weights, "drift": _drift(args, adapter)}
 
 
-def _write(args, cfg, leaves, tokenizer, chat_template, generation_config, end_of_turn_ids, source):
+def _write(args, cfg, leaves, tokenizer, chat_template, generation_config, end_of_turn_ids, source, run):
+  check = _check(args, run, tokenizer)
   if args.to == "orbax":
     from jaxsft.convert.orbax import run_meta, write_orbax
     meta = run_meta(cfg, source, chat_template=chat_template, end_of_turn_ids=end_of_turn_ids)
-    write_orbax(args.destination, cfg, leaves, tokenizer, dtype=args.dtype, meta=meta, overwrite=args.overwrite)
+    write_orbax(args.destination, cfg, leaves, tokenizer, dtype=args.dtype, meta=meta, overwrite=args.overwrite, check=check)
   else:
     from jaxsft.convert.hf import write_hf
     write_hf(args.destination, cfg, leaves, tokenizer, dtype=args.dtype, chat_template=chat_template, generation_config=generation_config,
-             end_of_turn_ids=end_of_turn_ids, overwrite=args.overwrite)
+             end_of_turn_ids=end_of_turn_ids, overwrite=args.overwrite, check=check)
 
 
-def _check(args, meta):
-  """What a run trained renders, tokenises and stops the same way out of the export."""
-  if meta.get("witness"):
-    from jaxsft.convert.check import check_export
-    check_export(args.destination, meta["witness"])
+def _check(args, run, tokenizer):
+  """What holds an export, before it takes its name, against the row that the run of this meta kept: None where there is none."""
+  from jaxsft.convert.check import check_export
+  row = run.get("witness")
+  return functools.partial(check_export, row=row, name=args.destination) if row and tokenizer is not None else None
 
 
 def _tokenizer(source):

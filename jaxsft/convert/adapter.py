@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,9 +51,9 @@ class Adapter:
 
   def base_leaves(self, weights: str) -> Iterator[tuple[str, Any]]:
     """(path, read) of the base: "original" as stored, "nf4" as the quantised weights it was trained on stand for."""
-    targets = self.nf4.get("targets") if weights == "nf4" else None
+    targets = self.nf4.get("targets", "") if weights == "nf4" else ""
     for path, _, _, read in load.leaf_reads(self.base, self.cfg):
-      yield path, _through_nf4(read, self.nf4["double_quant"]) if targets and re.search(targets, path) else read
+      yield path, _through_nf4(read, self.nf4["double_quant"]) if load.wants_nf4(targets, path) else read
 
   def merged_leaves(self, weights: str) -> merge.Leaves:
     """(path, read) of the merged model, float32 where there is an adapter."""
@@ -64,7 +63,7 @@ class Adapter:
 
 def _through_nf4(read, double_quant):
   def read_dequantised(layer: int | None) -> np.ndarray:
-    return np.asarray(nf4.dequantise(nf4.quantise(np.asarray(read(layer)), double_quant)))
+    return np.asarray(nf4.dequantise(read.as_nf4(layer, double_quant)))
   return read_dequantised
 
 
@@ -85,6 +84,8 @@ def open_adapter(directory, step: int | None = None, base: str = "") -> Adapter:
   """The adapter at `directory`; `base` instead of the path of the base that was noted."""
   path = pathlib.Path(directory)
   if (path / "adapter_config.json").is_file():
+    if step is not None:
+      raise UserError(f"{path} is a peft directory: it has no checkpoints", wanted="no --step", knob="--step")
     return _from_peft(path, base)
   checkpoints = orbax.open_checkpoints(path)
   try:
@@ -108,10 +109,12 @@ def _from_peft(path, base):
 
 
 def _base(identity, override, directory) -> Source:
-  if not override:
-    if not identity.get("path"):
-      raise UserError(f"{directory} does not say what its base is", wanted="the base model", knob="--base")
-    return orbax.open_base(identity, directory)
-  source = open_source(override)
-  orbax.check_same_base(source, identity, directory)
+  if not override and not identity.get("path"):
+    raise UserError(f"{directory} does not say what its base is", wanted="the base model", knob="--base")
+  try:
+    source = open_source(override) if override else orbax.open_base(identity, directory)
+  except UserError as error:
+    raise error.at("--base to where the base lies now") from None
+  if override:
+    orbax.check_same_base(source, identity, directory)
   return source

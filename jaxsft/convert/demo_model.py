@@ -90,3 +90,10 @@ def _convert(gguf_file, directory):
   leaves = ((path, read) for path, _, _, read in leaf_reads(source, cfg))
   write_into(directory, cfg, leaves, source.tokenizer(), dtype=DTYPE, generation_config=source.generation_config)
   write_json(directory / "jaxsft.json", MARK)
+
+
+if __name__ == "__main__":          # python -m jaxsft.convert.demo_model: fetches it and says where it lies
+  try:
+    print(fetch())
+  except UserError as mistake:
+    sys.exit(f"error: {mistake}")

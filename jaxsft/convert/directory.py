@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxsft.errors import UserError
@@ -35,15 +35,18 @@ def write_json(file: pathlib.Path, value) -> None:
 
 
 @contextlib.contextmanager
-def whole_directory(out_dir, overwrite: bool = False, bytes_needed: int = 0) -> Iterator[pathlib.Path]:
-  """A temporary directory beside `out_dir` that takes its name when the block ends well, and vanishes otherwise.
+def whole_directory(out_dir, overwrite: bool = False, bytes_needed: int = 0, check: Callable[[pathlib.Path], Any] | None = None) -> Iterator[pathlib.Path]:
+  """A temporary directory beside `out_dir` that takes its name when the block ends well and `check` finds no fault, and vanishes otherwise.
 
-  Errors: UserError when out_dir holds something and overwrite is off, or when the disk is, or gets, too full.
+  Errors: UserError when out_dir holds something and overwrite is off, or something that is no export; when its parent cannot be made; when the
+  disk is, or gets, too full.
   """
   out = pathlib.Path(out_dir).absolute()
-  if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-    raise UserError(f"{out_dir} is there already", wanted="a new or empty directory", knob="another output path")
-  out.parent.mkdir(parents=True, exist_ok=True)
+  _check_place(out, out_dir, overwrite)
+  try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"{out_dir} cannot be made ({error.strerror})", wanted="a place below folders that can be written", knob="another output path") from None
   free = shutil.disk_usage(out.parent).free
   if free < bytes_needed:
     raise UserError(f"the disk of {out_dir} has {free:,} bytes free", wanted=f"{bytes_needed:,}", knob="an output path on a larger disk")
@@ -52,6 +55,8 @@ def whole_directory(out_dir, overwrite: bool = False, bytes_needed: int = 0) -> 
   partial.mkdir()
   try:
     yield partial
+    if check:
+      check(partial)
     _swap(partial, out)
   except OSError as error:
     if error.errno != errno.ENOSPC:
@@ -59,6 +64,21 @@ def whole_directory(out_dir, overwrite: bool = False, bytes_needed: int = 0) -> 
     raise UserError(f"the disk of {out_dir} is full", wanted=f"{bytes_needed:,} bytes", knob="an output path on a larger disk") from None
   finally:
     shutil.rmtree(partial, ignore_errors=True)
+
+
+EXPORT_FILES = ("config.json", "adapter_config.json", "jaxsft.json")            # one of them stands in every export ...
+RUN_FILES = (".lock", "metrics.jsonl", "preflight.json")           # ... and none of these
+
+
+def _check_place(out: pathlib.Path, name, overwrite: bool):
+  """Only an export is ever replaced: a run, or a folder that somebody keeps other things in, is not."""
+  if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    return
+  if not overwrite:
+    raise UserError(f"{name} is there already", wanted="a new or empty directory", knob="another output path")
+  export = any((out / file).is_file() for file in EXPORT_FILES) and not any((out / file).exists() for file in RUN_FILES)
+  if not export or out == out.parent:
+    raise UserError(f"{name} holds something that is no export", wanted="an export to replace, or a new directory", knob="another output path")
 
 
 def _swap(partial, out):

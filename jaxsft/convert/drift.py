@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
 from jaxsft.convert import load
@@ -46,13 +44,13 @@ def _attached(adapter):
   import jax
   import jax.numpy as jnp
 
-  from jaxsft.transforms import lora, nf4
-  targets = adapter.nf4.get("targets")
+  from jaxsft.transforms import lora
+  targets = adapter.nf4.get("targets", "")
 
   def make_leaf(path, shape, layers, read):
-    if not targets or not re.search(targets, path):
+    if not load.wants_nf4(targets, path):
       return load.stack(np.float32)(path, shape, layers, read)
-    parts = [nf4.quantise(jnp.asarray(read(layer)), adapter.nf4["double_quant"]) for layer in (range(layers) if layers else [None])]
+    parts = [read.as_nf4(layer, adapter.nf4["double_quant"]) for layer in (range(layers) if layers else [None])]
     return jax.tree.map(lambda *xs: jnp.stack(xs), *parts) if layers else parts[0]
   return lora.attach(load.load_params(adapter.base, adapter.cfg, make_leaf), adapter.adapters, adapter.scale)
 

@@ -1,10 +1,10 @@
-"""GGUF files of the llama architecture as a Source: dequantised a tensor at a time, with Hugging Face's names and row order."""
+"""GGUF files of the llama, qwen2 and qwen3 architectures as a Source: dequantised a tensor at a time, with Hugging Face's names and row order."""
 
 from __future__ import annotations
 
 import hashlib
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -12,14 +12,24 @@ import numpy as np
 from jaxsft.convert.source import Source
 from jaxsft.errors import UserError
 
+
+class Architecture(NamedTuple):
+  """What GGUF's general.architecture says of a file."""
+  model_class: str
+  permuted: bool = False      # rows of q and k lie as llama.cpp's older rotation pairs them
+
+
+ARCHITECTURES = {"llama": Architecture("LlamaForCausalLM", permuted=True), "qwen2": Architecture("Qwen2ForCausalLM"),
+                 "qwen3": Architecture("Qwen3ForCausalLM")}
 BLOCK_NAMES = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3.1's scaling, worked out; a constant, not a parameter
-TESTED = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0")
+TESTED = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 
 
 def is_gguf(path: pathlib.Path) -> bool:
@@ -50,9 +60,10 @@ class GGUFSource(Source):
     except Exception as error:  # the parser meets arbitrary bytes: any error of its own means a broken file
       raise UserError(f"{path} is no readable GGUF file ({type(error).__name__}: {error})", wanted="a whole file",
                       knob="model.path to a whole copy") from None
-    architecture = self.fields.get("general.architecture")
-    if architecture != "llama" or self.fields.get("llama.expert_count"):
-      raise UserError(f"{path} has architecture {architecture!r}{' with experts' if architecture == 'llama' else ''}", wanted="llama",
+    self.architecture = str(self.fields.get("general.architecture"))
+    experts = self.fields.get(f"{self.architecture}.expert_count")
+    if self.architecture not in ARCHITECTURES or experts:
+      raise UserError(f"{path} has architecture {self.architecture!r}{' with experts' * bool(experts)}", wanted=', '.join(ARCHITECTURES),
                       knob="model.path to such a file, or to the model's Hugging Face directory")
     self.tensors = {hf_name(t.name): t for t in reader.tensors if t.name != ROPE_FACTORS}
     factors = next((t.data for t in reader.tensors if t.name == ROPE_FACTORS), None)
@@ -77,11 +88,15 @@ class GGUFSource(Source):
 
   def _tensor(self, name):
     if name not in self.tensors:
-      raise UserError(f"{self.path} has no tensor for {name}", wanted="a whole llama model", knob="model.path to a whole model")
+      raise UserError(f"{self.path} has no tensor for {name}", wanted=f"a whole {self.architecture} model", knob="model.path to a whole model")
     return self.tensors[name]
 
   def shape(self, name: str) -> tuple[int, ...]:
     return tuple(int(n) for n in self._tensor(name).shape[::-1])
+
+  @property
+  def stored_bytes(self) -> int:
+    return sum(int(tensor.n_bytes) for tensor in self.tensors.values())
 
   def where(self, name: str) -> str:
     return str(self.path)
@@ -89,6 +104,8 @@ class GGUFSource(Source):
   def read(self, name: str) -> np.ndarray:
     """float32, float16 and bfloat16 as they are, block formats dequantised to float32; rows of q and k in Hugging Face's order."""
     array = _dequantise(self._tensor(name), self.path)
+    if not ARCHITECTURES[self.architecture].permuted:
+      return array
     for projection, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
       if f".{projection}." in name:
         return unpermute(array, self.config[heads])
@@ -124,26 +141,26 @@ def _dequantise(tensor, path) -> np.ndarray:
 
 def _config(source: GGUFSource, factors) -> dict[str, Any]:
   """config.json of the model."""
-  fields = source.fields
+  fields, kind = source.fields, source.architecture
 
   def get(key, default=None):
-    value = fields.get(f"llama.{key}", default)
+    value = fields.get(f"{kind}.{key}", default)
     if value is None:
-      raise UserError(f"{source.path} has no llama.{key}", wanted="a whole GGUF header", knob="model.path to a whole copy")
+      raise UserError(f"{source.path} has no {kind}.{key}", wanted="a whole GGUF header", knob="model.path to a whole copy")
     return value
 
   heads, width = get("attention.head_count"), get("embedding_length")
-  head_dim = int(fields.get("llama.attention.key_length") or width // heads)
-  if fields.get("llama.rope.dimension_count", head_dim) != head_dim:
-    raise UserError(f"{source.path} rotates {fields['llama.rope.dimension_count']} of {head_dim} dimensions", wanted="all of them")
+  head_dim = int(fields.get(f"{kind}.attention.key_length") or width // heads)
+  if (turned := fields.get(f"{kind}.rope.dimension_count", head_dim)) != head_dim:
+    raise UserError(f"{source.path} rotates {turned} of {head_dim} dimensions", wanted="all of them")
   return {
-      "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+      "architectures": [ARCHITECTURES[kind].model_class], "model_type": kind, "hidden_act": "silu",
       "vocab_size": source.shape("model.embed_tokens.weight")[0],
       "hidden_size": width, "intermediate_size": get("feed_forward_length"), "num_hidden_layers": get("block_count"),
       "num_attention_heads": heads, "num_key_value_heads": get("attention.head_count_kv", heads), "head_dim": head_dim,
       "max_position_embeddings": get("context_length"),
       "rms_norm_eps": _short(get("attention.layer_norm_rms_epsilon")),
-      "rope_theta": _short(fields.get("llama.rope.freq_base", 10000.0)),
+      "rope_theta": _short(fields.get(f"{kind}.rope.freq_base", 10000.0)),
       "rope_scaling": _rope_scaling(source, factors, head_dim),
       "tie_word_embeddings": "lm_head.weight" not in source.tensors,
       "attention_bias": "model.layers.0.self_attn.q_proj.bias" in source.tensors,
@@ -158,15 +175,16 @@ def _short(value: float) -> float:
 
 
 def _rope_scaling(source: GGUFSource, factors, head_dim: int):
-  kind = source.fields.get("llama.rope.scaling.type", "none")
+  rope = {key.removeprefix(f"{source.architecture}.rope."): value for key, value in source.fields.items()}
+  kind = rope.get("scaling.type", "none")
   if factors is not None:
-    theta = _short(source.fields.get("llama.rope.freq_base", 10000.0))
+    theta = _short(rope.get("freq_base", 10000.0))
     return llama3_scaling(np.asarray(factors), theta, head_dim, source.path)
   if kind == "none":
     return None
   if kind != "linear":
     raise UserError(f"{source.path} has rope scaling {kind!r}", wanted="none, linear or Llama 3's", knob="model.path to such a file")
-  return {"rope_type": "linear", "factor": float(source.fields["llama.rope.scaling.factor"])}
+  return {"rope_type": "linear", "factor": float(rope["scaling.factor"])}
 
 
 def llama3_scaling(factors: np.ndarray, theta: float, head_dim: int, path) -> dict[str, Any]:

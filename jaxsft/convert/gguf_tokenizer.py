@@ -38,7 +38,7 @@ def build(fields: dict[str, Any], path: pathlib.Path):
   return PreTrainedTokenizerFast(
       tokenizer_object=backend, **{role: tokens[i] for role, i in ids.items() if i is not None},
       chat_template=fields.get("tokenizer.chat_template"), clean_up_tokenization_spaces=False,
-      model_max_length=int(fields.get("llama.context_length", 1 << 30)))
+      model_max_length=int(fields.get(f"{fields.get('general.architecture')}.context_length", 1 << 30)))
 
 
 def _byte_level(fields, tokens, path):

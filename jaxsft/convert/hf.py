@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxsft.convert import shards
+from jaxsft.convert import bitsandbytes, shards
 from jaxsft.convert.directory import read_json, whole_directory, write_json
 from jaxsft.convert.source import Source
 from jaxsft.errors import UserError
@@ -23,18 +23,20 @@ Read = Callable[[int | None], np.ndarray]
 
 
 class HFSource(Source):
-  """A directory with config.json and safetensors. `name` is what the user called it, `revision` the hub's commit."""
+  """A directory with config.json and safetensors, bitsandbytes' NF4 among them. `name` is what the user called it, `revision` the hub's commit."""
 
   def __init__(self, path: pathlib.Path, name: str = "", revision: str = ""):
     self.path = path
     self.config = read_json(path / "config.json", required=True)
     self.generation_config = read_json(path / "generation_config.json")
     self.tensors = _find_tensors(path)
+    self.quantised, self._parts = bitsandbytes.find(self.tensors)
+    self.nf4 = {name: weight.double for name, weight in self.quantised.items()}
     self.chat_template = chat_template_of(path)
     self.identity = {"path": name or str(path), "revision": revision, "sha256": shards.fingerprint(self.tensors)}
 
   def names(self) -> list[str]:
-    return list(self.tensors)
+    return [name for name in self.tensors if name not in self._parts]
 
   def _tensor(self, name):
     if name not in self.tensors:
@@ -43,13 +45,20 @@ class HFSource(Source):
     return self.tensors[name]
 
   def shape(self, name: str) -> tuple[int, ...]:
-    return self._tensor(name).shape
+    return self.quantised[name].shape if name in self.quantised else self._tensor(name).shape
+
+  @property
+  def stored_bytes(self) -> int:
+    return sum(tensor.end - tensor.start for tensor in self.tensors.values())
 
   def where(self, name: str) -> str:
     return str(self._tensor(name).file)
 
   def read(self, name: str) -> np.ndarray:
-    return shards.read_tensor(self._tensor(name))
+    return bitsandbytes.dequantised(self.quantised[name]) if name in self.quantised else shards.read_tensor(self._tensor(name))
+
+  def read_nf4(self, name: str):
+    return bitsandbytes.stored(self.quantised[name])
 
   def tokenizer(self):
     return load_tokenizer(self.path)
@@ -112,14 +121,14 @@ def chat_template_of(path: pathlib.Path) -> str | None:
 
 
 def write_hf(out_dir, cfg: ModelConfig, leaves: Iterable[tuple[str, Read]], tokenizer=None, *, dtype: str = "bfloat16",
-             overwrite: bool = False, **contents) -> pathlib.Path:
-  """Writes a model directory that transformers loads; gives its path. It appears whole or not at all.
+             overwrite: bool = False, check: Callable[[pathlib.Path], Any] | None = None, **contents) -> pathlib.Path:
+  """Writes a model directory that transformers loads; gives its path. It appears whole or not at all: `check` may still refuse it.
 
   The rest is `write_into`'s. Errors: UserError when out_dir is taken and overwrite is off, when the disk is too small.
   """
   if dtype not in EXPORT_DTYPES:
     raise UserError(f"dtype {dtype!r}", wanted=f"one of {', '.join(EXPORT_DTYPES)}", knob="--dtype")
-  with whole_directory(out_dir, overwrite, _bytes_needed(cfg, EXPORT_DTYPES[dtype])) as partial:
+  with whole_directory(out_dir, overwrite, _bytes_needed(cfg, EXPORT_DTYPES[dtype]), check) as partial:
     write_into(partial, cfg, leaves, tokenizer, dtype=dtype, **contents)
   return pathlib.Path(out_dir)
 
@@ -137,8 +146,7 @@ def write_into(directory: pathlib.Path, cfg: ModelConfig, leaves: Iterable[tuple
   _write_weights(directory, cfg, leaves, EXPORT_DTYPES[dtype], max_shard_bytes)
   if tokenizer is not None:
     write_tokenizer(directory, tokenizer, chat_template)
-  stops = _end_ids(cfg, tokenizer, generation_config or {}, end_of_turn_ids)
-  write_json(directory / "generation_config.json", _generation_config(cfg, generation_config or {}, stops))
+  write_json(directory / "generation_config.json", generation_config_of(cfg, tokenizer, generation_config or {}, end_of_turn_ids))
 
 
 def _write_weights(directory, cfg, leaves, dtype, limit):
@@ -201,6 +209,8 @@ def _end_ids(cfg, tokenizer, generation, extra):
   return list(dict.fromkeys(int(i) for i in flat))
 
 
-def _generation_config(cfg, base, stops):
+def generation_config_of(cfg, tokenizer, base, end_of_turn_ids) -> dict[str, Any]:
+  """generation_config.json: the source's own, its eos_token_id every id that ends a turn."""
+  stops = _end_ids(cfg, tokenizer, base, end_of_turn_ids)
   out = {"bos_token_id": cfg.bos_token_id, "pad_token_id": cfg.pad_token_id} | base
   return {k: v for k, v in out.items() if v is not None} | ({"eos_token_id": stops} if stops else {})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsft.convert.hf import hf_entries
@@ -13,9 +15,39 @@ from jaxsft.convert.source import Source
 from jaxsft.errors import UserError
 from jaxsft.models import families
 from jaxsft.models.config import ModelConfig
-from jaxsft.transforms import tree
+from jaxsft.transforms import nf4, tree
 
-Read = Callable[[int | None], np.ndarray]
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+  """How one leaf is read. read(layer), or read(None) where nothing is stacked: one array in our orientation, in the file's dtype, possibly a
+  view into the file that lives as long as the array; float32 where the file holds NF4.
+
+  as_nf4(layer, double_quant): the kernel as NF4: the file's own codes and scales where it holds them, else quantised here.
+  doubles: of each layer, whether the file's NF4 is doubly quantised, None where it holds no NF4; empty: no layer does.
+  """
+  array: Callable[[int | None], np.ndarray]
+  stored: Callable[[int | None], nf4.NF4Array | None] = lambda layer: None
+  doubles: tuple[bool | None, ...] = ()
+
+  def __call__(self, layer: int | None) -> np.ndarray:
+    return self.array(layer)
+
+  def as_nf4(self, layer: int | None, double_quant: bool) -> nf4.NF4Array:
+    """One layer as NF4; of a leaf that the file holds in NF4, double_quant is the file's: layers that it does not hold so must fit the others."""
+    held = self.stored(layer)
+    return held if held is not None else nf4.quantise(jnp.asarray(self.array(layer)), self.double_quant(double_quant))
+
+  def double_quant(self, asked: bool) -> bool:
+    """Whether the leaf has doubly quantised scales: as the file has, else as asked."""
+    return next((double for double in self.doubles if double is not None), asked)
+
+
+def wants_nf4(targets: str, path: str) -> bool:
+  """Whether the rule nf4.targets names this leaf: a kernel, and not the output projection."""
+  return bool(targets) and bool(tree.kernels([path])) and bool(re.search(targets, path))
+
+
 MakeLeaf = Callable[[str, tuple[int, ...], int | None, Read], Any]
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|masked_bias$|attn\.bias$")  # constants that old files keep
 BIAS = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.bias$")
@@ -25,8 +57,7 @@ def load_params(source: Source, cfg: ModelConfig, make_leaf: MakeLeaf | None = N
   """The parameter tree of `cfg` out of `source`.
 
   make_leaf(path, shape, layers, read) makes one leaf: `shape` is ONE layer's, in our orientation (kernels [in, out]); `layers` is L for a
-  stacked leaf and None for one that is not; read(layer), or read(None), gives one array of that shape in the file's dtype, possibly a
-  view into the file that lives as long as the array. Default: numpy stacks in the file's dtype (`stack()`).
+  stacked leaf and None for one that is not; read gives one array of that shape (`Read`). Default: numpy stacks in the file's dtype (`stack()`).
   Memory: nothing here outlives the call of make_leaf. Errors: UserError for a tensor that is missing, misshapen or unknown to the family.
   """
   check_tensors(source, cfg)
@@ -38,14 +69,33 @@ def leaf_reads(source: Source, cfg: ModelConfig) -> Iterator[tuple[str, tuple[in
   """(path, one layer's shape, layers, read) of every leaf, as `load_params` hands them to make_leaf."""
   sizes = families.sizes(cfg)
   for name in families.leaves(cfg):
-    yield name.path, tuple(sizes[d] for d in name.dims), cfg.num_hidden_layers if name.stacked else None, _reader(source, name)
+    yield name.path, tuple(sizes[d] for d in name.dims), cfg.num_hidden_layers if name.stacked else None, _reader(source, name, cfg)
 
 
-def _reader(source, name) -> Read:
-  def read(layer: int | None) -> np.ndarray:
-    array = source.read(name.hf.format(layer=layer))
-    return array.T if name.transpose else array
-  return read
+def _reader(source, name, cfg) -> Read:
+  def array(layer: int | None) -> np.ndarray:
+    found = source.read(name.hf.format(layer=layer))
+    return found.T if name.transpose else found
+
+  def stored(layer: int | None) -> nf4.NF4Array | None:
+    hf = name.hf.format(layer=layer)
+    return source.read_nf4(hf) if hf in source.nf4 else None
+  doubles = tuple(source.nf4.get(name.hf.format(layer=layer)) for layer in (range(cfg.num_hidden_layers) if name.stacked else (None,)))
+  return Read(array, stored, doubles if any(double is not None for double in doubles) else ())
+
+
+def nf4_notes(source: Source, cfg: ModelConfig, targets: str, double_quant: bool) -> list[str]:
+  """What becomes of weights that the source holds in NF4, a line each, where it is not simply "they stay": said before they are read."""
+  reads = {path: read for path, _, _, read in leaf_reads(source, cfg) if read.doubles}
+  held = {path: sum(double is not None for double in read.doubles) for path, read in reads.items()}
+  plain = {path: read.doubles.count(None) for path, read in reads.items() if wants_nf4(targets, path)}
+  dequantised = sum(count for path, count in held.items() if path not in plain)
+  notes = [f"{dequantised} weights that {source.path} holds in NF4 are dequantised (nf4.targets keeps what it names)"] if dequantised else []
+  if sum(plain.values()):
+    notes.append(f"{sum(plain.values())} weights that {source.path} does not hold in NF4 are quantised: nf4.targets names them, and other layers' are")
+  if any(reads[path].double_quant(double_quant) != double_quant for path in plain):
+    notes.append(f"{source.path} holds NF4 with{'out' * double_quant} double quantisation: it stays so, whatever nf4.double_quant says")
+  return notes
 
 
 def stack(dtype=None) -> MakeLeaf:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from jaxsft.convert.directory import whole_directory, write_json
-from jaxsft.convert.hf import EXPORT_DTYPES, hf_entries, load_tokenizer, write_tokenizer
+from jaxsft.convert.hf import EXPORT_DTYPES, generation_config_of, hf_entries, load_tokenizer, write_tokenizer
 from jaxsft.convert.source import Source, open_source
 from jaxsft.errors import UserError
 from jaxsft.models import families
@@ -89,6 +90,10 @@ class OrbaxSource(Source):
   def shape(self, name: str) -> tuple[int, ...]:
     return self.read(name).shape
 
+  @property
+  def stored_bytes(self) -> int:
+    return sum(leaf.nbytes for leaf in self.leaves.values()) + (self.base.stored_bytes if self.base else 0)
+
   def where(self, name: str) -> str:
     return f"{self.path}, step {self.step}"
 
@@ -123,15 +128,20 @@ def open_base(identity: dict[str, str], directory) -> Source:
   return source
 
 
-def check_same_base(source: Source, identity: dict[str, str], directory) -> None:
+def check_same_base(source: Source, identity: dict[str, str], directory, knob: str = "--base") -> None:
   """UserError when `source` is not the base that `identity` names."""
   if identity.get("sha256") not in (None, "", source.identity["sha256"]):
     raise UserError(f"{source.path} is not the base of {directory}: its hash is {source.identity['sha256'][:12]}",
-                    wanted=f"the base with hash {identity['sha256'][:12]} ({identity.get('path')})", knob="--base")
+                    wanted=f"the base with hash {identity['sha256'][:12]} ({identity.get('path')})", knob=knob)
 
 
 def keep_tokenizer(workdir: pathlib.Path, tokenizer, chat_template: str) -> None:
-  """DIR/tokenizer, once: the very tokenizer and template that a run trains with, so that chat and exports need nothing else."""
+  """DIR/tokenizer, once: the very tokenizer and template that a run trains with, so that chat and exports need nothing else.
+
+  Without a config.json the folder is nobody's yet: what a refused start left there is made again.
+  """
+  if not (workdir / "config.json").exists():
+    shutil.rmtree(workdir / "tokenizer", ignore_errors=True)
   if not (workdir / "tokenizer").is_dir():
     partial = workdir / ".tokenizer"
     shutil.rmtree(partial, ignore_errors=True)
@@ -156,7 +166,7 @@ def run_tokenizer(directory: pathlib.Path, meta: dict[str, Any]):
 
 
 def write_orbax(out_dir, cfg: ModelConfig, leaves, tokenizer=None, *, dtype: str = "bfloat16", meta: dict[str, Any],
-                overwrite: bool = False) -> pathlib.Path:
+                overwrite: bool = False, check: Callable[[pathlib.Path], Any] | None = None) -> pathlib.Path:
   """Writes a converted model: leaves as in `hf.write_hf`, meta from `run_meta`. Memory: the whole model once, on the host.
 
   Errors: UserError when out_dir is taken or the disk is too small.
@@ -168,7 +178,7 @@ def write_orbax(out_dir, cfg: ModelConfig, leaves, tokenizer=None, *, dtype: str
   shapes = families.shapes(cfg)
   stacked = {n.path: n.stacked for n in families.leaves(cfg)}
   needed = int(sum(np.prod(shape) for shape in shapes.values()) * kind.itemsize * 1.1) + 50_000_000
-  with whole_directory(out_dir, overwrite, needed) as partial:
+  with whole_directory(out_dir, overwrite, needed, check) as partial:
     make = stack(kind)
     arrays = {path: make(path, shapes[path][1:] if stacked[path] else shapes[path], shapes[path][0] if stacked[path] else None, read)
               for path, read in leaves}
@@ -177,7 +187,7 @@ def write_orbax(out_dir, cfg: ModelConfig, leaves, tokenizer=None, *, dtype: str
     checkpoints.wait()
     checkpoints.close()
     write_json(partial / "config.json", cfg.to_hf() | {"dtype": dtype, "torch_dtype": dtype})
-    write_json(partial / "generation_config.json", meta["generation_config"])
+    write_json(partial / "generation_config.json", generation_config_of(cfg, tokenizer, meta["generation_config"], meta["end_of_turn_ids"]))
     if tokenizer is not None:
       write_tokenizer(partial, tokenizer, meta["chat_template"])
   return pathlib.Path(out_dir)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "modules_to_save", "rank_
 
 def write_peft(out_dir, adapters: dict[str, Any], cfg: ModelConfig, *, rank: int, alpha: float, dropout: float = 0.0,
                rslora: bool = False, base: dict[str, str] | None = None, nf4: dict[str, Any] | None = None, end_of_turn_ids=(),
-               tokenizer=None, chat_template: str | None = None, overwrite: bool = False) -> pathlib.Path:
+               tokenizer=None, chat_template: str | None = None, overwrite: bool = False,
+               check: Callable[[pathlib.Path], Any] | None = None) -> pathlib.Path:
   """Writes adapter_config.json and adapter_model.safetensors (float32); gives the path. It appears whole or not at all.
 
   adapters: nested dict with float32 `a` and `b` at each kernel's path. base: the Source's identity; its path is what peft loads the base
@@ -35,7 +37,7 @@ def write_peft(out_dir, adapters: dict[str, Any], cfg: ModelConfig, *, rank: int
   tokenizer, chat_template: as trained, laid beside. Errors: UserError when out_dir is taken or the disk is too small.
   """
   pairs = list(_tensors(adapters, cfg))
-  with whole_directory(out_dir, overwrite, sum(array.nbytes for _, array in pairs) + 50_000_000) as partial:
+  with whole_directory(out_dir, overwrite, sum(array.nbytes for _, array in pairs) + 50_000_000, check) as partial:
     writer = shards.ShardWriter(partial, [(n, a.shape) for n, a in pairs], np.dtype(np.float32), NO_LIMIT, stem="adapter_model")
     try:
       for name, array in pairs:

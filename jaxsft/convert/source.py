@@ -5,6 +5,8 @@ from __future__ import annotations
 import abc
 import os
 import pathlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +16,10 @@ from jaxsft.errors import UserError
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
 
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]  # no pickles
+  from jaxsft.transforms.nf4 import NF4Array
+
+WEIGHTS = "*.safetensors"
+HUB_FILES = [WEIGHTS, "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]  # no pickles
 HUB_SKIPPED = ["*/*", "consolidated*", "pytorch_model*", "*.bin", "*.pth"]            # other formats of the same weights
 
 
@@ -25,6 +30,7 @@ class Source(abc.ABC):
   identity: dict[str, str]     # {"path", "revision", "sha256"}: the hash is cheap (shards.fingerprint) and does not depend on the path
   generation_config: dict[str, Any]
   chat_template: str | None
+  nf4: Mapping[str, bool] = MappingProxyType({})     # tensors that are held in NF4, and whether doubly quantised
 
   @abc.abstractmethod
   def names(self) -> list[str]:
@@ -34,13 +40,25 @@ class Source(abc.ABC):
   def shape(self, name: str) -> tuple[int, ...]:
     """One tensor's shape, without reading it. UserError when it is not there."""
 
+  @property
+  @abc.abstractmethod
+  def stored_bytes(self) -> int:
+    """Bytes of all tensors at rest, as they are read."""
+
   @abc.abstractmethod
   def where(self, name: str) -> str:
     """The file a tensor lies in, for messages."""
 
   @abc.abstractmethod
   def read(self, name: str) -> np.ndarray:
-    """One tensor in the file's dtype (bfloat16 is ml_dtypes'), mapped, not copied, where that is possible. UserError when it is absent."""
+    """One tensor in the file's dtype (bfloat16 is ml_dtypes'), mapped, not copied, where that is possible; what is quantised in float32.
+
+    Errors: UserError when it is absent.
+    """
+
+  def read_nf4(self, name: str) -> NF4Array:
+    """A tensor of `nf4` as the kernel [in, out] it is in OUR orientation, codes and scales to the bit as they lie in the file."""
+    raise KeyError(name)
 
   @abc.abstractmethod
   def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -58,6 +76,8 @@ def open_source(path: str | os.PathLike[str], revision: str = "") -> Source:
   local = pathlib.Path(text).expanduser()
   if not text:
     raise UserError("no model is named", wanted="a model directory, a .gguf file or a hub id", knob="model.path")
+  if revision and local.exists() and not (local / "checkpoints").is_dir():
+    raise UserError(f"{text} lies here and has no revision {revision!r}", wanted="a hub id, or no revision", knob="model.revision or --revision")
   if (local / "checkpoints").is_dir():
     from jaxsft.convert.orbax import OrbaxSource
     return OrbaxSource(local, name=text)
@@ -79,12 +99,23 @@ def _looks_like_hub_id(text: str) -> bool:
 
 
 def _download(name: str, revision: str) -> pathlib.Path:
-  """The hub's snapshot in the hub's own cache; the folder is named after the commit."""
+  """The hub's snapshot in the hub's own cache; the folder is named after the commit.
+
+  The small files come first: a model that is not supported is refused before its weights travel, which then come from that very commit.
+  Errors: UserError for what the hub does not give, and as ModelConfig.from_hf.
+  """
+  from jaxsft.convert.directory import read_json
+  from jaxsft.models.config import ModelConfig
+  first = _snapshot(name, revision, [pattern for pattern in HUB_FILES if pattern != WEIGHTS])
+  ModelConfig.from_hf(read_json(first / "config.json", required=True), f"{name}/config.json")
+  return _snapshot(name, first.name, HUB_FILES)
+
+
+def _snapshot(name, revision, patterns) -> pathlib.Path:
   import huggingface_hub
   try:
-    return pathlib.Path(huggingface_hub.snapshot_download(
-        name, revision=revision or None, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIPPED))
+    return pathlib.Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=patterns, ignore_patterns=HUB_SKIPPED))
   except Exception as error:  # the client's errors have no common root: offline, unknown, gated, disk
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise UserError(f"{name} is no directory here, and the hub did not give it ({type(error).__name__}: {reason})",
-                    wanted="a model directory, a .gguf file or a hub id that this machine can reach", knob="model.path") from None
+    raise UserError(f"{name}{f' at {revision}' if revision else ''} is no directory here, and the hub did not give it ({type(error).__name__}: {reason})",
+                    wanted="a model directory, a .gguf file or a hub id that this machine can reach", knob="model.path or model.revision") from None

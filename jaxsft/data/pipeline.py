@@ -97,6 +97,12 @@ class Stream:
       digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
+  def check_same(self, fingerprint: str, what: str) -> None:
+    """UserError when this is not the data that `what` was trained on."""
+    if fingerprint != self.fingerprint:
+      raise UserError(f"the training data is not what {what} was trained on", wanted="the same records, or another folder",
+                      knob="data.train.path or --workdir")
+
   def __iter__(self) -> Stream:
     return self
 

@@ -54,6 +54,9 @@ def read_records(source, knob: str = "data.train.path") -> Records:
   files = _files(path, knob)
   if not files:
     return _from_hub(source, knob)
+  for name, default in (("split", "train"), ("revision", "")):
+    if getattr(source, name, default) != default:
+      raise UserError(f"{path} lies here and has no {name} {getattr(source, name)!r}", wanted="a hub id, or none", knob=knob.removesuffix("path") + name)
   return _from_files([(str(f), f) for f in files], source.rows, knob)
 
 

@@ -118,6 +118,7 @@ _SOME_FAMILIES = (*_SOFTCAPS, "query_pre_attn_scalar", "rope_local_base_freq")
 # layer_kinds is read from keys that stay in `extra`: sliding_window, layer_types, no_rope_layers ...
 _WRITTEN_APART = ("extra", "rope_scaling", "attention_out_bias", "attention_bias", "mlp_bias", "layer_kinds", "partial_rotary_factor")
 _KNOWN = {f.name for f in dataclasses.fields(ModelConfig)} - {"extra", "attention_out_bias", "layer_kinds"} | {"rope_parameters"}
+_KNOWN |= {"quantization_config"}       # of the files, not of the model: what is written out is not quantised
 
 
 def _family(config, name):
@@ -135,9 +136,18 @@ def _refuse(values, family, name):
     raise UserError(f"{name} has {family.activation_key} {activation!r}", wanted=family.activation)
   if values.get("use_bidirectional_attention"):
     raise UserError(f"{name} has use_bidirectional_attention true", wanted="a causal model", knob="model.path to such a model")
-  if values.get("quantization_config"):
-    method = values["quantization_config"].get("quant_method", "unknown")
-    raise UserError(f"{name} says its weights are quantised ({method})", wanted="float32, float16 or bfloat16 weights",
+  if quantised := values.get("quantization_config"):
+    _refuse_quantised(quantised, name)
+
+
+def _refuse_quantised(settings, name):
+  """All but bitsandbytes' NF4, which convert/bitsandbytes.py reads as it is."""
+  eight, four = (settings.get(key) or settings.get(f"_{key}") for key in ("load_in_8bit", "load_in_4bit"))
+  method = settings.get("quant_method") or ("bitsandbytes" if four or eight else "unknown")       # transformers 4.30 left the method out
+  kind = settings.get("bnb_4bit_quant_type", "fp4") if four else "8 bits" if eight else ""
+  if method != "bitsandbytes" or kind != "nf4":
+    raise UserError(f"{name} says its weights are quantised ({' '.join(filter(None, (method, kind)))})",
+                    wanted="float32, float16 or bfloat16 weights, or bitsandbytes' nf4",
                     knob="model.path to the unquantised model and nf4.targets to quantise here")
 
 

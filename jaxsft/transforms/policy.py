@@ -58,6 +58,11 @@ def row_seeds(state, batch):
   return draws.derive(draws.seed_of(jax.random.fold_in(state.rng, state.step))[None], batch[ROW_IDS])
 
 
+def trained_whole(c) -> Callable[[str], bool]:
+  """Whether the leaf of a path is itself trained: nothing is under adapters, all but c.freeze in full fine-tuning."""
+  return lambda path: not c.lora.rank and not (c.freeze and re.search(c.freeze, path))
+
+
 class _Mode(NamedTuple):
   split: Callable[..., Any]
   join: Callable[..., Any]
@@ -80,7 +85,7 @@ def _full_mode(c) -> _Mode:
     if not c.freeze:
       return params, {}
     trees.matching((path for path, _ in trees.flatten(params)), c.freeze, "freeze")
-    trainable, frozen = trees.split(params, lambda path: not re.search(c.freeze, path))
+    trainable, frozen = trees.split(params, trained_whole(c))
     if not trainable:
       raise UserError(f"freeze={c.freeze!r} leaves nothing to train", wanted="a pattern that spares some parameters", knob="freeze")
     return trainable, frozen

@@ -190,7 +190,7 @@ def test_step_chooses_and_the_newest_is_the_default(adapter_run, tmp_path, capsy
 def test_another_base_is_refused(adapter_run, base, tmp_path, capsys, hf_dir):
   run = adapter_run()[0]
   base.rename(tmp_path / "moved")
-  assert "is neither" not in refused(capsys, run, tmp_path / "out", "--merge")
+  assert "set --base to where the base lies now" in refused(capsys, run, tmp_path / "out", "--merge")
   report = convert(capsys, run, tmp_path / "out", "--merge", f"--base={tmp_path / 'moved'}")
   assert report["base_weights"] == "original"
   other, model = hf_dir(dtype="bfloat16", vocab_size=32000, hidden_size=64, intermediate_size=128)
@@ -213,6 +213,31 @@ def test_what_does_not_go_together_is_said(adapter_run, base, tmp_path, capsys):
   with pytest.raises(orbax.UserError, match="holds adapters, no whole model.*--merge first"):
     open_source(run)
   assert not (tmp_path / "x").exists()
+
+
+def test_only_an_export_is_ever_replaced(adapter_run, base, tmp_path, capsys):
+  """--overwrite on a run, on a folder above it or on anything else that somebody keeps would be the end of it."""
+  run = adapter_run()[0]
+  (run / "metrics.jsonl").write_text("{}\n")
+  (run / "config.json").write_text("{}")
+  (tmp_path / "notes").mkdir()
+  (tmp_path / "notes/precious.txt").write_text("x")
+  for place in (run, tmp_path, tmp_path / "notes", tmp_path / "notes/precious.txt", "/"):
+    before = sorted(tmp_path.rglob("*"))
+    assert "holds something that is no export" in refused(capsys, run, place, "--overwrite")
+    assert sorted(tmp_path.rglob("*")) == before
+  assert "cannot be made" in refused(capsys, run, tmp_path / "notes/precious.txt/x")
+  for _ in range(2):
+    convert(capsys, run, tmp_path / "out", "--overwrite")
+  assert (tmp_path / "out/adapter_config.json").is_file()
+
+
+def test_flags_that_mean_nothing_here_are_refused(adapter_run, base, tmp_path, capsys):
+  run = adapter_run()[0]
+  convert(capsys, run, tmp_path / "peft")
+  assert "has no checkpoints" in refused(capsys, tmp_path / "peft", tmp_path / "x", "--merge", "--step=77")
+  assert "has no checkpoints" in refused(capsys, base, tmp_path / "x", "--step=77")
+  assert "has no revision 'v1'" in refused(capsys, base, tmp_path / "x", "--revision=v1")
 
 
 def test_a_smaller_disk_is_refused_first(base, tmp_path, capsys, monkeypatch):

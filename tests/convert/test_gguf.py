@@ -81,7 +81,7 @@ def test_unpermute_undoes_permute():
 
 
 def test_other_architectures_and_broken_files_are_named(gguf_file, tmp_path):
-  with pytest.raises(UserError, match="architecture 'phi3'; wanted llama"):
+  with pytest.raises(UserError, match="architecture 'phi3'; wanted llama, qwen2"):
     open_source(gguf_file(architecture="phi3")[0])
   path, _ = gguf_file(name="cut.gguf")
   size = path.stat().st_size

@@ -137,7 +137,7 @@ def smollm_fields(**over):
   return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens,
           "tokenizer.ggml.token_type": [3, 3, 4] + [1] * (len(tokens) - 3), "tokenizer.ggml.merges": ["t h", "th e", "1 2"],
           "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 0, "tokenizer.ggml.padding_token_id": 0,
-          "tokenizer.chat_template": "{{ messages[0]['content'] }}", "llama.context_length": 77} | over
+          "tokenizer.chat_template": "{{ messages[0]['content'] }}", "general.architecture": "llama", "llama.context_length": 77} | over
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -119,6 +119,9 @@ def test_the_output_is_all_or_nothing(hf_dir, tmp_path):
   with pytest.raises(UserError, match="out is there already"):
     hf.write_hf(tmp_path / "out", cfg, leaves)
   assert (tmp_path / "out/mine.txt").read_text() == "keep"
+  with pytest.raises(UserError, match="holds something that is no export"):
+    hf.write_hf(tmp_path / "out", cfg, leaves, overwrite=True)
+  (tmp_path / "out/config.json").write_text("{}")
   hf.write_hf(tmp_path / "out", cfg, leaves, overwrite=True)
   assert not (tmp_path / "out/mine.txt").exists() and not list(tmp_path.glob(".out*"))
 
@@ -268,27 +271,76 @@ def test_a_path_that_is_nothing(path, words):
   assert all(word in str(error.value) for word in words)
 
 
-def test_a_hub_id_is_fetched_without_pickles_and_named_when_it_is_not_there(hf_dir, monkeypatch):
+HUB = ["config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json", "tokenizer.model", "chat_template.jinja", "vocab.txt",
+       "pytorch_model.bin", "training_args.bin", "x.pkl", "original/consolidated.00.pth", "consolidated.safetensors", "onnx/model.onnx",
+       "onnx/model.safetensors", "README.md", "model.Q4_0.gguf", "flax_model.msgpack", "tf_model.h5", "modeling_odd.py"]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+  """hub(directory) -> the calls of snapshot_download so far, [(name, revision, files that its patterns let through)]."""
   import huggingface_hub
-  directory, asked = hf_dir()[0], []
+  asked = []
 
-  def snapshot(name, revision, allow_patterns, ignore_patterns):
-    asked.append((name, revision))
-    kept = huggingface_hub.utils.filter_repo_objects(
-        ["config.json", "model.safetensors", "tokenizer.model", "chat_template.jinja", "pytorch_model.bin", "training_args.bin", "x.pkl",
-         "original/consolidated.00.pth", "onnx/model.safetensors", "vocab.txt"],
-        allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
-    assert list(kept) == ["config.json", "model.safetensors", "tokenizer.model", "chat_template.jinja", "vocab.txt"]
-    return str(directory)
-  monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-  source = open_source("org/name", "abc")
-  assert asked == [("org/name", "abc")] and source.identity["path"] == "org/name" and source.identity["revision"] == directory.name
+  def serve(directory):
+    def snapshot(name, revision, allow_patterns, ignore_patterns):
+      asked.append((name, revision, list(huggingface_hub.utils.filter_repo_objects(HUB, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))))
+      return str(directory)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    return asked
+  return serve
 
-  def offline(*args, **kwargs):
-    raise huggingface_hub.errors.LocalEntryNotFoundError("cannot reach the hub\nsecond line")
-  monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-  with pytest.raises(UserError, match="org/name is no directory here, and the hub did not give it .*cannot reach the hub"):
+
+@pytest.mark.parametrize("revision", ["", "v1.0"])
+def test_a_hub_id_is_fetched_without_pickles_at_its_revision(hf_dir, hub, revision):
+  """Small files first, then the weights of the commit that these came from, even if the branch has moved meanwhile; no code, no pickle, no other format."""
+  directory = hf_dir()[0]
+  asked = hub(directory)
+  source = open_source("org/name", revision)
+  small = ["config.json", "model.safetensors.index.json", "tokenizer.model", "chat_template.jinja", "vocab.txt"]
+  assert [call[:2] for call in asked] == [("org/name", revision or None), ("org/name", directory.name)]
+  assert asked[0][2] == small and sorted(asked[1][2]) == sorted([*small, "model-00001-of-00001.safetensors"])
+  assert source.identity["path"] == "org/name" and source.identity["revision"] == directory.name
+
+
+def test_the_config_names_the_revision(hf_dir, hub):
+  """model.revision reaches the hub, and the identity that a run keeps opens the same commit again."""
+  from configs import common
+  from jaxsft import base as bases
+  directory = hf_dir(vocab_size=259)[0]
+  asked = hub(directory)
+  c = common.lora(common.base())
+  c.model.path, c.model.revision, c.data.tokenizer = "org/name", "v2", "bytes"
+  identity = bases.open_base(c).source.identity
+  assert asked[0][1] == "v2" and identity["revision"] == directory.name
+  from jaxsft.convert import orbax
+  orbax.open_base(identity, "run")
+  assert asked[2][1] == directory.name
+
+
+def test_what_is_not_supported_is_refused_before_its_weights_travel(hf_dir, hub):
+  directory = hf_dir()[0]
+  config = json.loads((directory / "config.json").read_text())
+  (directory / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+  asked = hub(directory)
+  with pytest.raises(UserError, match="org/name/config.json has model_type 'mamba'"):
     open_source("org/name")
+  assert len(asked) == 1 and not any(name.endswith(".safetensors") for name in asked[0][2])
+
+
+def test_a_hub_that_gives_nothing_is_one_line(monkeypatch):
+  """The real client, offline as every test is; and one that names a revision that is not there."""
+  import huggingface_hub
+  with pytest.raises(UserError, match="org/name at v9 is no directory here, and the hub did not give it .*model.path or model.revision") as error:
+    open_source("org/name", "v9")
+  assert "\n" not in str(error.value) and error.value.__cause__ is None
+
+  def unknown(*args, **kwargs):
+    raise huggingface_hub.errors.LocalEntryNotFoundError("cannot reach the hub\nsecond line")
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", unknown)
+  with pytest.raises(UserError, match="cannot reach the hub") as error:
+    open_source("org/name")
+  assert "second line" not in str(error.value)
 
 
 def test_a_tokenizer_beyond_the_embedding(hf_dir, shared):

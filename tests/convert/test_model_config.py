@@ -122,8 +122,21 @@ def test_shapes_and_tied_head():
     ({"model_type": "gemma2", "hidden_activation": "relu"}, ["hidden_activation 'relu'", "gelu_pytorch_tanh"]),
     ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, ["use_bidirectional_attention", "causal"]),
     ({"quantization_config": {"quant_method": "bitsandbytes"}}, ["bitsandbytes", "nf4.targets"]),
+    ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, ["bitsandbytes fp4", "nf4"]),       # their default
+    ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}}, ["bitsandbytes fp4", "nf4"]),
+    ({"quantization_config": {"load_in_8bit": True}}, ["bitsandbytes 8 bits", "nf4"]),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["gptq", "unquantised"]),
+    ({"quantization_config": {"quant_method": "awq"}}, ["awq", "unquantised"]),
 ])
 def test_unsupported_is_named(change, words):
   with pytest.raises(UserError) as error:
     ModelConfig.from_hf(PLAIN | change, "m/config.json")
   assert "m/config.json" in str(error.value) and all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("named", [{"quant_method": "bitsandbytes"}, {}])
+def test_nf4_of_bitsandbytes_is_read_and_not_written(named):
+  quantised = named | {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+  cfg = ModelConfig.from_hf(PLAIN | {"quantization_config": quantised, "pretraining_tp": 1})
+  assert cfg == ModelConfig.from_hf(PLAIN)
+  assert "quantization_config" not in cfg.to_hf() and cfg.to_hf()["pretraining_tp"] == 1

@@ -102,4 +102,13 @@ def test_an_export_that_renders_otherwise_is_no_success(trained, tmp_path, capsy
   vocabulary["model"]["vocab"]["a"], vocabulary["model"]["vocab"]["y"] = vocabulary["model"]["vocab"]["y"], vocabulary["model"]["vocab"]["a"]
   (copy / "tokenizer/tokenizer.json").write_text(json.dumps(vocabulary))
   assert convert([str(copy), str(tmp_path / "out"), how, *(["--no-drift"] if how == "--merge" else [])]) == 2
-  assert "gives other tokens than training did" in capsys.readouterr().err
+  assert f"{tmp_path / 'out'} gives other tokens than training did" in capsys.readouterr().err
+  assert not (tmp_path / "out").exists()                                          # and nothing is left that somebody might serve
+
+
+def test_to_orbax_stops_where_training_did(trained, tmp_path):
+  """The trained end-of-turn is none of the base's eos ids here (they are null)."""
+  workdir, _, _ = trained
+  assert convert([str(workdir), str(tmp_path / "orbax"), "--merge", "--to=orbax"]) == 0
+  end = Checkpoints(workdir / "checkpoints", read_only=True).meta(4)["end_of_turn_ids"]
+  assert json.loads((tmp_path / "orbax/generation_config.json").read_text())["eos_token_id"][:1] == end

@@ -42,6 +42,15 @@ def test_the_file_s_own_name_says_what_it_is_and_strings_under_data_are_one_reco
   assert read_records(source(tmp_path / "strings.json"))[0] == {"data": ["hi", "hello"]}
 
 
+def test_a_split_or_revision_of_a_file_is_refused(tmp_path):
+  (tmp_path / "a.jsonl").write_text(json.dumps(A))
+  for name in ("split", "revision"):
+    asked = source(tmp_path / "a.jsonl")
+    setattr(asked, name, "trian")
+    with pytest.raises(UserError, match=f"has no {name} 'trian'.*data.train.{name}"):
+      read_records(asked)
+
+
 def test_line_separators_inside_a_string_do_not_end_a_line(tmp_path):
   (tmp_path / "a.jsonl").write_text('{"question": "a\u2028b\x85", "answer": "c"}\n', encoding="utf-8")
   assert read_records(source(tmp_path / "a.jsonl"))[0]["question"] == "a\u2028b\x85"
