@@ -18,8 +18,8 @@ import sys
 from configs.common import ALL_LINEAR
 
 SEEDS = (0, 1, 2)
-STEPS, CHOSEN = 24, 1000
-BUDGET = [f"--config.steps={STEPS}", "--config.eval.every=24", "--config.eval.rows=16", "--config.checkpoint.every=24", "--config.log.every=1",
+STEPS, CHOSEN = 16, 1000
+BUDGET = [f"--config.steps={STEPS}", f"--config.eval.every={STEPS}", "--config.eval.rows=16", f"--config.checkpoint.every={STEPS}", "--config.log.every=1",
           "--config.log.tensorboard=False"]
 CELLS = {       # name -> what it changes of configs/gsm8k.py (LoRA rank 16 at 2e-4)
     "full": ["--config.lora.rank=0", "--config.optim.learning_rate=1e-5"],
