@@ -2,7 +2,7 @@
 
     python -m benchmarks.facts --data=PATH/gsm8k [--workdir=runs/facts] [--table]
 
-Model: SmolLM2-135M-Instruct (`make demo` leaves it in .cache). Data: train.jsonl of GSM8K; evaluation: the first rows of its test.jsonl. Every cell is
+Model: SmolLM2-135M-Instruct (`make demo` leaves it in .cache). Data: train.jsonl of GSM8K; evaluation: the first 48 problems of its test.jsonl. Every cell is
 an ordinary run of `jaxsft.main` in a folder of its own, so that the whole goes on where it was stopped; --table only prints what is there.
 """
 
@@ -19,8 +19,8 @@ from configs.common import ALL_LINEAR
 
 SEEDS = (0, 1, 2)
 STEPS, CHOSEN = 16, 1000
-BUDGET = [f"--config.steps={STEPS}", f"--config.eval.every={STEPS}", "--config.eval.rows=16", f"--config.checkpoint.every={STEPS}", "--config.log.every=1",
-          "--config.log.tensorboard=False"]
+BUDGET = [f"--config.steps={STEPS}", f"--config.eval.every={STEPS}", f"--config.checkpoint.every={STEPS}", "--config.eval.rows=0",
+          "--config.data.eval.rows=48", "--config.log.every=1", "--config.log.tensorboard=False"]
 CELLS = {       # name -> what it changes of configs/gsm8k.py (LoRA rank 16 at 2e-4)
     "full": ["--config.lora.rank=0", "--config.optim.learning_rate=1e-5"],
     "lora": [],
