@@ -37,3 +37,13 @@ def demo_dir():
   """The demo's model as a Hugging Face directory, in the repository's cache (fetched on the first use)."""
   from jaxsft.convert import demo_model
   return demo_model.fetch(ROOT / ".cache")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """Folder with train.jsonl and eval.jsonl of the tiny runs (tests/runs.py)."""
+  from runs import write_records
+  folder = tmp_path_factory.mktemp("records")
+  write_records(folder / "train.jsonl", range(60))
+  write_records(folder / "eval.jsonl", range(100, 110))
+  return folder

@@ -8,17 +8,9 @@ import signal
 import subprocess
 
 import pytest
-from runs import flags, leaves, record, run, signalled, start, steps, write_records
+from runs import flags, leaves, record, run, signalled, start, steps
 
 from jaxsft import checkpoint, main
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("records")
-  write_records(folder / "train.jsonl", range(60))
-  write_records(folder / "eval.jsonl", range(100, 110))
-  return folder
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 import pytest
-from runs import TESTS, assert_same_run, flags, leaves, numbers, record, run, signalled, start, steps, write_records
+from runs import TESTS, assert_same_run, flags, leaves, numbers, record, run, signalled, start, steps
 
 from jaxsft import base as bases
 from jaxsft import main, train
@@ -25,14 +25,6 @@ from jaxsft.workdir import Workdir
 
 LAST = 4
 LOGGED = {"step", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "tokens_per_second", "step_seconds"}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("records")
-  write_records(folder / "train.jsonl", range(60))
-  write_records(folder / "eval.jsonl", range(100, 110))
-  return folder
 
 
 @pytest.fixture(scope="module")

@@ -5,19 +5,11 @@ import signal
 
 import numpy as np
 import pytest
-from runs import flags, leaves, numbers, run, signalled, steps, write_records
+from runs import flags, leaves, numbers, run, signalled, steps
 
 from jaxsft.checkpoint import Checkpoints
 from jaxsft.convert.adapter import open_adapter
 from jaxsft.transforms import tree as trees
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("records")
-  write_records(folder / "train.jsonl", range(60))
-  write_records(folder / "eval.jsonl", range(100, 110))
-  return folder
 
 
 def state_of(workdir, step):
