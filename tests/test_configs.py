@@ -1,9 +1,11 @@
 """Every file of configs/ loads without jax, is sound, and the 7B ones build; messages of config.py name the nearest key and what it takes."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -166,3 +168,16 @@ def test_the_saved_json_is_stable_and_names_what_differs():
   assert config.differences(config.to_json(first), second) == ["lora.rank: 16 -> 8", "sample.prompts: [] -> ['a']"]
   assert config.differences(config.to_json(second), second) == []
   assert config.differences("[]", second) == config.differences("3", second) == config.differences("{", second) == ["config.json is none of ours"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qlora_7b.py", "lora_7b.py", "full_7b.py", "demo.py", "gsm8k.py"])
+def test_the_smoke_form_runs_in_under_a_minute(name, tmp_path):
+  """As a person runs it, in a process of its own with one device; the limit is README's."""
+  environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
+  started = time.monotonic()
+  done = subprocess.run([sys.executable, "-m", "jaxsft.main", f"--config=configs/{name}:smoke=true", f"--workdir={tmp_path / 'run'}"], cwd=ROOT,
+                        env=environment, capture_output=True, text=True)
+  print(f"{name}: {time.monotonic() - started:.0f} s")
+  assert done.returncode == 0 and (tmp_path / "run/summary.json").is_file(), done.stderr[-2000:]
+  assert time.monotonic() - started < 60

@@ -2,6 +2,9 @@
 
 import ast
 import pathlib
+import re
+import subprocess
+import sys
 
 import pytest
 
@@ -91,6 +94,24 @@ def test_files_have_at_most_400_lines_and_functions_60(path):
 
 def test_no_file_is_a_drawer_for_everything():
   assert [path for path in FILES if path.stem in ("utils", "util", "helpers", "helper", "misc", "common")] == []
+
+
+def test_the_core_installs_without_torch_or_tensorflow():
+  """Lessons row 21: extras are extras, and CI's versions are those of the constraints file."""
+  import tomllib
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  name = lambda requirement: re.match(r"[\w.-]+", requirement).group().lower().replace("_", "-")
+  assert not {name(one) for one in project["dependencies"]} & {"torch", "tensorflow", "keras", "vllm", "peft", "bitsandbytes", "wandb", "lm-eval"}
+  pinned = {name(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+  assert {name(one) for group in (project["dependencies"], *(project["optional-dependencies"][extra] for extra in ("test", "eval"))) for one in group} <= pinned | {"torch"}
+
+
+def test_everything_imports_where_torch_is_not_installed():
+  code = ("import sys\nfor name in ('torch', 'tensorflow', 'peft', 'bitsandbytes', 'wandb'): sys.modules[name] = None\n"
+          "import jaxsft.train, jaxsft.chat, jaxsft.inference, jaxsft.convert.__main__, jaxsft.data.show, jaxsft.convert.gguf_tokenizer\n"
+          "from jaxsft.data.tokenizer import load_tokenizer\nprint(len(load_tokenizer('bytes')))")
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+  assert done.returncode == 0 and done.stdout.strip() == "259", done.stderr[-2000:]
 
 
 def test_the_loop_names_no_method():

@@ -161,7 +161,7 @@ def _from_hub(source, knob: str) -> Records:
   try:
     rows = datasets.load_dataset(source.path, split=source.split, revision=source.revision or None)
   except Exception as error:  # whatever the hub client raises: no network, no such set, no such split
-    raise UserError(f"{source.path} is no file here, and as a hub id it failed ({str(error).splitlines()[0][:200]})",
+    raise UserError(f"{source.path} is no file here, and as a hub id it failed ({(str(error).strip() or type(error).__name__).splitlines()[0][:200]})",
                     wanted="a file, a directory, a glob or a hub id (owner/name)", knob=knob) from None
   if not len(rows):
     raise UserError(f"{source.path} split {source.split} is empty", wanted="at least one record", knob=knob)

@@ -137,3 +137,10 @@ def test_golden_token_weight_is_one_over_the_global_count(golden):
   g = golden("packing")["weights"]
   row = assemble([example(range(8), [0] + [1] * 7), example(range(3), [0, 1, 1])], 11, 0)
   assert 1 / next_token_targets(row)[1].sum() == pytest.approx(g["global_token_mean"])
+
+
+def test_padding_is_told_by_length_and_never_by_its_id():
+  """Lessons row 6: where the padding id is the end-of-turn's, as in SmolLM2, the model still learns to stop."""
+  row = assemble([example([5, 99], [0, 1]), example([8, 9, 99], [0, 1, 1])], 7, 99)
+  assert row["tokens"].tolist() == [5, 99, 8, 9, 99, 99, 99]
+  assert row["weights"].tolist() == [0, 1, 0, 1, 1, 0, 0] and row["segment_ids"].tolist() == [1, 1, 2, 2, 2, 0, 0]
