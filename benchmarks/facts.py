@@ -54,7 +54,9 @@ def folder(workdir: pathlib.Path, cell: str, seed: int) -> pathlib.Path:
 
 
 def run(cell: str, seed: int, data: pathlib.Path, workdir: pathlib.Path) -> int:
-  """One cell, from where it stands."""
+  """One cell, from where it stands; nothing when it is done."""
+  if (folder(workdir, cell, seed) / "summary.json").is_file():
+    return 0
   train = chosen(data / "train.jsonl", workdir) if "rows" in cell else data / "train.jsonl"
   command = [sys.executable, "-m", "jaxsft.main", f"--config=configs/gsm8k.py:data={train},eval={data / 'test.jsonl'}", f"--config.seed={seed}",
              f"--workdir={folder(workdir, cell, seed)}", *BUDGET, *CELLS[cell]]

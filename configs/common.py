@@ -7,6 +7,14 @@ from ml_collections import ConfigDict
 ALL_LINEAR = r"(q|k|v|o|gate|up|down)_proj/kernel$"
 
 
+LLAMA2_7B = "meta-llama/Llama-2-7b-hf"
+
+
+def template_of(model: str) -> str:
+  """The model's own chat template; llama2 for the base model that the 7B configs name, which has none."""
+  return "llama2" if model == LLAMA2_7B else "tokenizer"
+
+
 WORDS = {"1": True, "true": True, "yes": True, "": True, "0": False, "false": False, "no": False}
 
 
@@ -27,8 +35,12 @@ def parse(arg: str | None, **defaults):
 
 
 def source(path: str = "", **over) -> ConfigDict:
-  """One set of records: a file, a directory or glob of files, or a hub id."""
-  return ConfigDict(dict(path=path, format="auto", split="train", revision="", rows=0) | over)  # rows: 0 is all
+  """One set of records: a file, a directory or glob of files, a hub id, or a public set by name (set:alpaca; python -m jaxsft.data sets)."""
+  return ConfigDict(dict(
+      path=path, format="auto",         # auto | messages | alpaca | ...: jaxsft/data/formats.py lists them
+      split="train", revision="",
+      rows=0,                           # 0: all
+      policy="drop") | over)            # drop | strict: a record that cannot be trained on is left out and counted, or refused
 
 
 def base() -> ConfigDict:
@@ -52,7 +64,8 @@ def base() -> ConfigDict:
       template="tokenizer",         # tokenizer | chatml | llama2 | vicuna | ...: what is trained is what is exported
       tokenizer="",                 # "" : the model's own
       length=2048, pack=True,
-      train_on="assistant",         # assistant | all
+      position="pre",               # pre | post | double: where the instruction of a record with an input stands
+      train_on="assistant",         # assistant | last (the last answer alone) | all
       long_rows="drop",             # drop | truncate | error
       workers=0))                   # processes that tokenise; 0: in this one
   c.lora = ConfigDict(dict(rank=0, alpha=32.0, dropout=0.0, targets=ALL_LINEAR, rslora=False))   # rank 0: no adapter

@@ -10,9 +10,10 @@ from configs import common
 
 
 def get_config(arg=None):
-  """:model=DIR or hub id, data=FILE or hub id, eval=FILE, template=NAME, smoke=true."""
-  a = common.parse(arg, model="meta-llama/Llama-2-7b-hf", data="", eval="", template="llama2", smoke=False)
+  """:model=DIR or hub id, data=FILE or hub id, eval=FILE, template=NAME (default: the model's own), smoke=true."""
+  a = common.parse(arg, model=common.LLAMA2_7B, data="", eval="", template="", smoke=False)
   c = common.full(common.base())
-  c.model.path, c.data.train.path, c.data.eval.path, c.data.template = a.model, a.data, a.eval, a.template
+  c.model.path, c.data.train.path, c.data.eval.path = a.model, a.data, a.eval
+  c.data.template = a.template or common.template_of(a.model)
   c.data.length, c.batch_size = 2048, 1
   return common.smoke(c) if a.smoke else c

@@ -36,7 +36,7 @@ class Base(NamedTuple):
     lora = {key: c.lora[key] for key in ("rank", "alpha", "dropout", "rslora")} if c.lora.rank else None
     quantised = {"targets": c.nf4.targets, "double_quant": c.nf4.double_quant} if c.nf4.targets else None
     return run_meta(self.cfg, self.source, tokenizer=c.data.tokenizer, chat_template=template.chat_template,
-                    end_of_turn_ids=(template.end_of_turn_id,), lora=lora, nf4=quantised, witness=witness)
+                    end_of_turn_ids=(template.end_of_turn_id,), lora=lora, nf4=quantised, witness=witness) | {"position": template.position}
 
 
 def open_base(c) -> Base:

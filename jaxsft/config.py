@@ -113,7 +113,9 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),          # float16 would need a scaled loss
     "model.base_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla"), "model.remat": ("full", "dots", "none"),
-    "data.train_on": ("assistant", "all"), "data.long_rows": ("drop", "truncate", "error"),
+    "data.train.policy": ("drop", "strict"), "data.eval.policy": ("drop", "strict"),
+    "data.train_on": ("assistant", "last", "all"), "data.position": ("pre", "post", "double"),
+    "data.long_rows": ("drop", "truncate", "error"),
     "neftune.length": ("segment", "row"), "optim.schedule": ("constant", "linear", "cosine", "wsd"),
     "optim.name": ("adamw", "adafactor", "lion", "muon", "adamw8bit", "schedule_free"),
     "optim.state": ("float32", "bfloat16_stochastic"),

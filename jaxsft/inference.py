@@ -62,7 +62,8 @@ def open_model(path: str, *, step: int | None = None, base: str = "", template: 
   trained = (adapter or source).chat_template
   if trained is not None:
     tokenizer.chat_template = trained
-  template_ = get_template(template, tokenizer)
+  run = adapter.meta if adapter else getattr(source, "meta", {})
+  template_ = get_template(template, tokenizer, run.get("position", "pre"))
   ends = adapter.end_of_turn_ids if adapter else getattr(source, "meta", {}).get("end_of_turn_ids", ())
   dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
   params = _params(cfg, source, adapter, tokenizer, dtype, exact)

@@ -113,7 +113,7 @@ def check(parts, state, frozen, evaluation, restored: int) -> dict:
   part = {name: value[:len(value) // c.micro_batches] for name, value in batch.items()}
   return {
       "device": device_facts(parts.mesh), "model": model_facts(c, parts.base), "steps": parts.steps, "resumed_from": restored,
-      "data": some("source", "records", "kept", "drops", "repairs", "format", "truncated", "longer_than_row"),
+      "data": some("source", "records", "kept", "drops", "repairs", "format", "format_why", "truncated", "longer_than_row"),
       "tokens": some("tokens", "supervised_tokens", "tokens_per_example", "supervised_per_example", "bos_per_example"),
       "template": some("template", "end_of_turn", "end_of_turn_trained"),
       "packing": some("pack", "row_length", "rows_per_epoch", "packing_efficiency", "padding_share", "examples_per_row"),

@@ -73,7 +73,7 @@ def build(c, scratch: str | None = None) -> Parts:
   mesh = sharding.make_mesh(c.mesh)
   sharding.check_batch(c, mesh)
   base = bases.open_base(c)
-  template = get_template(c.data.template, base.tokenizer)
+  template = get_template(c.data.template, base.tokenizer, c.data.position)
   stream = make_stream(c.data, c.seed, base.tokenizer, template, c.batch_size, jax.process_index(), jax.process_count(), scratch=scratch)
   held_out = make_eval_batches(c.data, c.seed, base.tokenizer, template, c.batch_size // c.micro_batches, jax.process_index(), jax.process_count(),
                                c.eval.rows) if c.eval.every else []
@@ -82,7 +82,8 @@ def build(c, scratch: str | None = None) -> Parts:
   policy = make_policy(c, forward, decoder.output_kernel, base.cfg.final_logit_softcapping, lambda rows: max(1, rows // sharding.row_shards(mesh)))
   method = registry.build(c, policy, lambda: optim.make_optimizer(c.optim, steps, c.log.layer_norms))
   if method.wants != ("rows",):
-    raise UserError(f"method {c.method.name} trains on {', '.join(method.wants)}, and this data is rows", wanted="a method of rows", knob="method.name")
+    raise UserError(f"method {c.method.name} trains on {', '.join(method.wants)}, and no stream of these is built yet", wanted="a method of rows",
+                    knob="method.name")
   return Parts(c, mesh, base, template, stream, held_out, steps, method, policy, optim.make_schedule(c.optim, steps))
 
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 LAW = {  # a module takes the first entry that its name begins with; what it may import of jaxsft, by prefix
     "data/tokenizer": ("convert.source", "errors", "data"),            # lazily: a GGUF's own tokenizer
-    "data/show": ("config", "errors", "data"),
+    "data/show": ("config", "errors", "data"), "data/stats": ("config", "errors", "data"),
     "data": ("batch", "errors", "data"),
     "batch": (), "errors": (), "kernels": ("kernels",), "config": ("errors",), "metrics": ("errors", "workdir"),
     "models": ("batch", "errors", "kernels", "models", "transforms.tree"),

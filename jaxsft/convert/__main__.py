@@ -98,6 +98,7 @@ def _convert_model(args, local) -> dict:
 
 def _convert_adapter(args, local) -> dict:
   from jaxsft.convert.adapter import open_adapter
+  from jaxsft.transforms import tree
   to = args.to or ("hf" if args.merge else "peft")
   if (to == "peft") == args.merge:
     raise UserError(f"{args.source} holds adapters, and --to={to} {'excludes' if args.merge else 'needs'} --merge", wanted="one of the two",
@@ -113,7 +114,7 @@ def _convert_adapter(args, local) -> dict:
     write_peft(args.destination, adapter.adapters, adapter.cfg, **adapter.lora, base=adapter.identity, nf4=adapter.nf4,
                end_of_turn_ids=adapter.end_of_turn_ids, tokenizer=tokenizer, chat_template=adapter.chat_template,
                overwrite=args.overwrite, check=_check(args, adapter.meta, tokenizer))
-    return out | {"dtype": "float32"}
+    return out | {"dtype": "float32", "parameters": sum(leaf.size for _, leaf in tree.flatten(adapter.adapters))}
   _write(args, adapter.cfg, adapter.merged_leaves(weights), _tokenizer(adapter), adapter.chat_template, adapter.base.generation_config,
          adapter.end_of_turn_ids, adapter.base, adapter.meta)
   return out | {"base_weights": weights, "drift": _drift(args, adapter)}

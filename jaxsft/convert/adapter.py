@@ -110,7 +110,8 @@ def _from_peft(path, base):
 
 def _base(identity, override, directory) -> Source:
   if not override and not identity.get("path"):
-    raise UserError(f"{directory} does not say what its base is", wanted="the base model", knob="--base")
+    raise UserError(f"{directory} does not say what its base is (a smoke run's is random: it can be resumed, and no more)", wanted="the base model",
+                    knob="--base")
   try:
     source = open_source(override) if override else orbax.open_base(identity, directory)
   except UserError as error:

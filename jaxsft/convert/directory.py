@@ -75,7 +75,7 @@ def _check_place(out: pathlib.Path, name, overwrite: bool):
   if not out.exists() or (out.is_dir() and not any(out.iterdir())):
     return
   if not overwrite:
-    raise UserError(f"{name} is there already", wanted="a new or empty directory", knob="another output path")
+    raise UserError(f"{name} is there already", wanted="a new or empty directory", knob="another output path, or --overwrite to replace an export")
   export = any((out / file).is_file() for file in EXPORT_FILES) and not any((out / file).exists() for file in RUN_FILES)
   if not export or out == out.parent:
     raise UserError(f"{name} holds something that is no export", wanted="an export to replace, or a new directory", knob="another output path")

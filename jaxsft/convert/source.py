@@ -78,6 +78,9 @@ def open_source(path: str | os.PathLike[str], revision: str = "") -> Source:
     raise UserError("no model is named", wanted="a model directory, a .gguf file or a hub id", knob="model.path")
   if revision and local.exists() and not (local / "checkpoints").is_dir():
     raise UserError(f"{text} lies here and has no revision {revision!r}", wanted="a hub id, or no revision", knob="model.revision or --revision")
+  if local.exists():                   # noted in full: a run's base, and peft's, must be found from any folder
+    local = local.absolute()
+    text = str(local)
   if (local / "checkpoints").is_dir():
     from jaxsft.convert.orbax import OrbaxSource
     return OrbaxSource(local, name=text)

@@ -18,9 +18,11 @@ from collections import Counter
 
 import numpy as np
 
+from jaxsft.data.document import encode_document
 from jaxsft.data.formats import Conversation, Drop, canonicalise
 from jaxsft.data.order import hashed
 from jaxsft.data.records import Records, read_records
+from jaxsft.data.schemas import FOUND_BY, PLAIN
 from jaxsft.data.template import Refused, Template
 from jaxsft.data.tokenise import encode_many
 from jaxsft.data.worker import follow_parent
@@ -103,6 +105,8 @@ def select(data, seed: int, which: str) -> tuple[Records, list[int], str]:
 
 
 def _content_key(record) -> int:
+  if isinstance(record, dict) and ("oasst_thread" in record or "oasst_drop" in record):           # the threads of a tree share turns: they stay together
+    record = record.get("message_tree_id") or record
   return int.from_bytes(hashlib.blake2b(json.dumps(record, sort_keys=True, default=str).encode(), digest_size=8).digest(), "little")
 
 
@@ -112,6 +116,15 @@ def prepare(data, seed: int, tokenizer, template: Template, which: str = "train"
   Raises UserError: what `read_records` raises; no record kept, or none with a token to train; a row longer than data.length with
   long_rows "error".
   """
+  results, records, source, knob, settings = outcomes(data, seed, tokenizer, template, which)
+  return _collect(results, records, source, knob, settings, which)
+
+
+def outcomes(data, seed: int, tokenizer, template: Template, which: str = "train"):
+  """(what became of each record, the records, their source, its knob, the settings): everything `prepare` knows before it counts.
+
+  Raises UserError: what `read_records` raises; with policy "strict", the first record that would be dropped.
+  """
   if data.long_rows not in LONG_ROWS:
     raise UserError(f"unknown long_rows {data.long_rows!r}", wanted=", ".join(LONG_ROWS), knob="data.long_rows")
   records, chosen, knob = select(data, seed, which)
@@ -119,7 +132,19 @@ def prepare(data, seed: int, tokenizer, template: Template, which: str = "train"
   settings = _Settings(template, tokenizer, source.format, data.train_on, data.length, data.long_rows)
   chunks = [chosen[i:i + CHUNK] for i in range(0, len(chosen), CHUNK)]
   results = [item for part in _map(settings, [[(i, records[i]) for i in chunk] for chunk in chunks], data.workers) for item in part]
-  return _collect(results, records, source, knob, settings, which)
+  if getattr(source, "policy", "drop") == "strict":
+    _refuse_drops(results, records, knob)
+  return results, records, source, knob, settings
+
+
+LONG_CODES = ("too_long", "truncated_to_nothing")       # data.long_rows says what becomes of these
+
+
+def _refuse_drops(results: list[_Outcome], records: Records, knob: str) -> None:
+  refused = [r for r in results if r.drop and r.drop not in LONG_CODES]
+  if refused:
+    raise UserError(f"{records.where(refused[0].index)} cannot be trained on ({refused[0].drop}), {len(refused)} such records in all",
+                    wanted="records in a known format with an answer, or policy drop", knob=f"{knob.removesuffix('path')}policy")
 
 
 def _map(settings, chunks, workers: int):
@@ -157,10 +182,19 @@ class _Outcome:
 
 def _chunk(settings: _Settings, chunk) -> list[_Outcome]:
   found = [(index, canonicalise(record, settings.format)) for index, record in chunk]
-  kept = [c for _, c in found if isinstance(c, Conversation)]
+  kept = [c for _, c in found if isinstance(c, Conversation) and c.schema not in PLAIN]
   encoded = iter(encode_many(kept, settings.template, settings.tokenizer, settings.train_on))
-  return [_Outcome(index, c.schema, drop=c.code) if isinstance(c, Drop) else _outcome(index, c, next(encoded), settings)
-          for index, c in found]
+  out = []
+  for index, c in found:
+    if isinstance(c, Drop):
+      out.append(_Outcome(index, c.schema, drop=c.code))
+    elif c.schema not in PLAIN:
+      out.append(_outcome(index, c, next(encoded), settings))
+    elif settings.train_on != "all":         # it has no answer: the whole of it is trained, or nothing
+      out.append(_Outcome(index, c.schema, c.reasons, drop="text_needs_train_on_all"))
+    else:
+      out.append(_outcome(index, c, encode_document(c.messages[0]["content"], settings.template, settings.tokenizer), settings))
+  return out
 
 
 def _outcome(index: int, conversation: Conversation, example, settings: _Settings) -> _Outcome:
@@ -191,7 +225,7 @@ def _collect(results: list[_Outcome], records: Records, source, knob: str, setti
   report = _report(results, kept, long, records, source, knob, settings)
   if results and not kept:
     why = ", ".join(f"{code} {drop['count']} (first at {drop['first']})" for code, drop in report["drops"].items())
-    only_long = report["drops"].keys() <= {"too_long", "truncated_to_nothing"}
+    only_long = report["drops"].keys() <= set(LONG_CODES)
     raise UserError(f"none of the {len(results)} {which} records of {source.path} can be trained on: {why}",
                     wanted=f"records of at most {settings.length} tokens" if only_long else "records with an answer, in a known format",
                     knob="data.length or data.long_rows" if only_long else knob)
@@ -212,11 +246,15 @@ def _report(results, kept, long, records: Records, source, knob: str, settings: 
   template = settings.template
   bos = [int((r.tokens == template.bos_token_id).sum()) for r in kept] if template.bos else []
   ends = sum(int(((r.tokens == template.end_of_turn_id) & (r.weights > 0)).sum()) for r in kept)
-  why = f"{knob.removesuffix('path')}format={source.format}" + (", the first schema whose fields a record has" * (source.format == "auto"))
+  schemas = Counter(r.schema for r in results if r.schema)
+  ends += sum(r.schema in PLAIN and r.full_length <= settings.length for r in kept)       # the end of a text
+  why = f"{knob.removesuffix('path')}format={source.format}"
+  if source.format == "auto":
+    why += "".join(f", {name} by its fields ({FOUND_BY[name]})" for name in schemas) + (", A MIXTURE OF SCHEMAS" if len(schemas) > 1 else "")
   return {
       "source": source.path, "records": len(results), "kept": len(kept), "drops": drops,
       "repairs": dict(Counter(code for r in results for code in r.repairs)),
-      "format": dict(Counter(r.schema for r in results if r.schema)),
+      "format": dict(schemas),
       "format_why": why,
       "long_rows": settings.long_rows, "longer_than_row": len(long), "truncated": sum(r.full_length > settings.length for r in kept),
       "template": template.name, "end_of_turn": template.end_of_turn, "end_of_turn_trained": ends,

@@ -27,6 +27,8 @@ from jaxsft.data.examples import Examples, prepare, select
 from jaxsft.data.formats import Conversation, Message, canonicalise
 from jaxsft.data.order import Epochs
 from jaxsft.data.pack import assemble, pack_in_groups
+from jaxsft.data.position import positioned
+from jaxsft.data.schemas import PLAIN
 from jaxsft.data.template import Template
 from jaxsft.data.worker import follow_parent
 from jaxsft.errors import UserError
@@ -240,8 +242,8 @@ def eval_conversations(data, seed: int, limit: int = 0) -> list[list[Message]]:
   found: list[list[Message]] = []
   for index in chosen:
     conversation = canonicalise(records[index], source.format)
-    if isinstance(conversation, Conversation):
-      found.append(conversation.messages)
+    if isinstance(conversation, Conversation) and conversation.schema not in PLAIN:
+      found.append(positioned(conversation.messages, conversation.parts, data.position))
     if limit and len(found) == limit:
       break
   return found

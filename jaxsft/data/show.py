@@ -1,4 +1,7 @@
-"""One example through the whole pipe, every token with its weight: what is trained is coloured, control characters are escaped."""
+"""Records through the whole pipe, every token with its weight: what is trained is coloured, control characters are escaped.
+
+`trace` follows one record to its tokens, `packed` lays the traced records into rows as training would.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ import argparse
 import json
 import sys
 
+import numpy as np
+
 from jaxsft import config
 from jaxsft.data.formats import Drop, canonicalise
-from jaxsft.data.records import read_records
+from jaxsft.data.pack import assemble, pack_in_groups
+from jaxsft.data.records import Source, read_records
 from jaxsft.data.template import Refused, get_template
 from jaxsft.data.tokenise import encode
 from jaxsft.data.tokenizer import load_tokenizer
@@ -28,13 +34,35 @@ def trace(record: dict, where: str, template, tokenizer, format: str = "auto", t
     return out | {"drop": conversation.code, "schema": conversation.schema}
   out |= {"schema": conversation.schema, "repairs": list(conversation.reasons), "messages": conversation.messages}
   try:
-    rendered = template.render(conversation.messages, tools=conversation.tools)
+    rendered = template.render(template.messages(conversation), tools=conversation.tools)
     example = encode(conversation, template, tokenizer, train_on)
   except Refused as refused:
     return out | {"drop": refused.kind}
   tokens = [{"id": int(i), "text": tokenizer.decode([i]), "weight": int(w)} for i, w in zip(example["tokens"], example["weights"])]
   return out | {"text": rendered.text, "tokens": tokens, "supervised": int(example["weights"][1:].sum()),
                 "longer_than_row": 0 < length < len(tokens)}
+
+
+def packed(traced: list[dict], length: int) -> list[dict]:
+  """The rows of `length` tokens that the traced records fill, JSON-able; those that were dropped or are too long are in none.
+
+  A row: {length, filled, padding, segments: [{where, segment, first, last, positions: [first, last], trained}]}, read off the very arrays
+  [T] that training gets.
+  """
+  fitting = [t for t in traced if t["tokens"] and len(t["tokens"]) <= length]
+  examples = [{"tokens": np.array([token["id"] for token in t["tokens"]], np.int32),
+               "weights": np.array([token["weight"] for token in t["tokens"]], np.float32)} for t in fitting]
+  rows = []
+  for members in pack_in_groups(np.array([len(e["tokens"]) for e in examples], np.int64), length) if examples else []:
+    row = assemble([examples[i] for i in members], length, 0)
+    segments = []
+    for segment, i in enumerate(members, 1):
+      places = np.flatnonzero(row["segment_ids"] == segment)
+      segments.append({"where": fitting[i]["where"], "segment": segment, "first": int(places[0]), "last": int(places[-1]),
+                       "positions": [int(row["positions"][places[0]]), int(row["positions"][places[-1]])], "trained": int(row["weights"][places].sum())})
+    filled = int((row["segment_ids"] > 0).sum())
+    rows.append({"length": length, "filled": filled, "padding": length - filled, "segments": segments})
+  return rows
 
 
 def escaped(text: str) -> str:
@@ -59,61 +87,79 @@ def print_trace(traced: dict, console=None) -> None:
     if "\n" in token["text"]:
       line.append("\n")
   console.print(line)
+  ids = rich.text.Text()
+  for token in traced["tokens"]:
+    ids.append(f"{token['id']} ", style="bold green" if token["weight"] else "dim")
+  console.print(ids)
   console.print(f"{len(traced['tokens'])} tokens, {traced['supervised']} trained (green)" +
                 (", LONGER THAN A ROW" if traced["longer_than_row"] else ""), markup=False, highlight=False)
 
 
+def print_row(row: dict, console=None) -> None:
+  """One packed row: where each record lies in it, and what is left over."""
+  import rich.console
+  console = console or rich.console.Console()
+  console.print(f"row of {row['length']} tokens: {row['filled']} filled, {row['padding']} padding", style="bold", markup=False, highlight=False)
+  for s in row["segments"]:
+    console.print(escaped(f"  segment {s['segment']}  tokens {s['first']}-{s['last']}  positions {s['positions'][0]}-{s['positions'][1]}  "
+                          f"{s['trained']} targets  {s['where']}"), markup=False, highlight=False)
+
+
 def parser() -> argparse.ArgumentParser:
-  out = argparse.ArgumentParser(prog="python -m jaxsft.data",
-                                description="Show one record as the model will see it: trained tokens are green.")
+  out = argparse.ArgumentParser(prog="python -m jaxsft.data [show]", formatter_class=argparse.RawDescriptionHelpFormatter,
+                                description="Show records as the model will see them: trained tokens are green.",
+                                epilog="other commands: convert, render, tokenize, stats, sets (python -m jaxsft.data COMMAND --help)")
   out.add_argument("--config", help="experiment file, FILE[:argument]; its data part gives the defaults of what follows")
   out.add_argument("--path", "--input", dest="path", help="records: file, directory, glob, hub id; - is standard input (JSON lines)")
   out.add_argument("--format", help="auto, or the name of a schema")
   out.add_argument("--tokenizer", help="directory, GGUF file or hub id")
-  out.add_argument("--template", help="tokenizer, chatml, llama2, llama3, qwen2, qwen2_5 or vicuna")
-  out.add_argument("--train_on", help="assistant or all")
+  out.add_argument("--template", help="tokenizer (its own), or the name of one, such as chatml")
+  out.add_argument("--train_on", help="assistant, last or all")
+  out.add_argument("--position", help="pre, post or double: where an instruction with an input stands")
   out.add_argument("--length", type=int, help="tokens of a row")
-  out.add_argument("--index", type=int, default=0, help="which record, from 0")
+  out.add_argument("--index", type=int, default=0, help="the first record to show, from 0")
+  out.add_argument("-n", "--count", type=int, help="how many records, and the rows they fill")
   out.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
   return out
 
 
-class _Source:
-  """What read_records asks for, made of flags."""
-
-  def __init__(self, path, split="train", revision="", rows=0):
-    self.path, self.split, self.revision, self.rows = path, split, revision, rows
-
-
 def run(arguments) -> dict:
-  """The trace that the flags ask for. Raises UserError."""
+  """What the flags ask for: the trace of one record, or with -n {"records": [traces], "rows": [packed rows]}. Raises UserError."""
   c = config.load(arguments.config) if arguments.config else None
   given = vars(arguments)
 
   def value(name, from_config, default):
     return given[name] if given[name] is not None else from_config(c) if c is not None else default
 
-  source = c.data.train if c is not None and arguments.path is None else _Source(arguments.path or "")
+  format = value("format", lambda c: c.data.train.format, "auto")
+  source = c.data.train if c is not None and arguments.path is None else Source(arguments.path or "", format)
   tokenizer = load_tokenizer(value("tokenizer", lambda c: c.data.tokenizer or c.model.path, ""), knob="--tokenizer")
-  template = get_template(value("template", lambda c: c.data.template, "tokenizer"), tokenizer)
+  template = get_template(value("template", lambda c: c.data.template, "tokenizer"), tokenizer,
+                          value("position", lambda c: c.data.position, "pre"))
   records = read_records(source, "--path")
   if not 0 <= arguments.index < len(records):
     raise UserError(f"there is no record {arguments.index}", wanted=f"0 to {len(records) - 1}", knob="--index")
-  return trace(records[arguments.index], records.where(arguments.index), template, tokenizer,
-               value("format", lambda c: c.data.train.format, "auto"),
-               value("train_on", lambda c: c.data.train_on, "assistant"), value("length", lambda c: c.data.length, 0))
+  if arguments.count is not None and arguments.count < 1:
+    raise UserError(f"-n is {arguments.count}", wanted="1 or more", knob="-n")
+  train_on, length = value("train_on", lambda c: c.data.train_on, "assistant"), value("length", lambda c: c.data.length, 0)
+  chosen = range(arguments.index, min(arguments.index + (arguments.count or 1), len(records)))
+  traced = [trace(records[i], records.where(i), template, tokenizer, format, train_on, length) for i in chosen]
+  return traced[0] if arguments.count is None else {"records": traced, "rows": packed(traced, length) if length else []}
 
 
 def main(argv=None) -> int:
   """Exit code: 0 shown, 2 the user's mistake."""
   arguments = parser().parse_args(argv)
   try:
-    traced = run(arguments)
+    found = run(arguments)
   except UserError as error:
-    print(error, file=sys.stderr)
+    print(f"error: {error}", file=sys.stderr)
     return 2
   if arguments.json:
-    print(json.dumps(traced, ensure_ascii=False))
-  else:
+    print(json.dumps(found))
+    return 0
+  for traced in found.get("records", [found]):
     print_trace(traced)
+  for row in found.get("rows", []):
+    print_row(row)
   return 0

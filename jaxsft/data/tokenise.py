@@ -5,6 +5,9 @@ starts before its end. So a token that merges the blank before an answer with th
 token of every span is the end-of-turn, checked for each row. A BOS is put in front exactly when the family has one and the render wrote
 none; one that got in twice is an error. Control strings inside contents are encoded as text (as transformers' sanitize_control_tokens
 does); rows without any are one joint encoding.
+
+train_on: "assistant" trains every assistant turn, "last" the last one alone, "all" every token of the row; an assistant message that says
+train: false is trained in none of them.
 """
 
 from __future__ import annotations
@@ -12,10 +15,11 @@ from __future__ import annotations
 import numpy as np
 
 from jaxsft.data.formats import Conversation
-from jaxsft.data.template import Refused, Rendered, Template
+from jaxsft.data.template import Refused, Rendered, Template, is_trained
 from jaxsft.errors import UserError
 
 Example = dict[str, np.ndarray]
+TRAIN_ON = ("assistant", "last", "all")
 
 
 def encode(conversation: Conversation, template: Template, tokenizer, train_on: str = "assistant") -> Example:
@@ -31,9 +35,9 @@ def encode(conversation: Conversation, template: Template, tokenizer, train_on: 
 
 def encode_many(conversations, template: Template, tokenizer, train_on: str = "assistant") -> list[Example | Refused]:
   """`encode` of each conversation, refusals in their place; the tokenizer's own threads share the work."""
-  if train_on not in ("assistant", "all"):
-    raise UserError(f"unknown train_on {train_on!r}", wanted="assistant or all", knob="data.train_on")
-  rendered = [_render(conversation, template) for conversation in conversations]
+  if train_on not in TRAIN_ON:
+    raise UserError(f"unknown train_on {train_on!r}", wanted=", ".join(TRAIN_ON), knob="data.train_on")
+  rendered = [_render(conversation, template, train_on) for conversation in conversations]
   texts = [r for r in rendered if isinstance(r, Rendered)]
   encoded = iter(tokenise(texts, tokenizer))
   return [r if isinstance(r, Refused) else _example(r, *next(encoded), template, train_on) for r in rendered]
@@ -46,28 +50,37 @@ def encode_prompt(messages, template: Template, tokenizer, tools=None) -> list[i
   return ids if template.bos_id is None else [template.bos_id, *ids]
 
 
-def _render(conversation, template) -> Rendered | Refused:
+def _render(conversation, template, train_on) -> Rendered | Refused:
+  messages = template.messages(conversation)
+  if train_on == "last":
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+    messages = [m | {"train": is_trained(m) and i == last} if m["role"] == "assistant" else m for i, m in enumerate(messages)]
   try:
-    return template.render(conversation.messages, tools=conversation.tools)
+    return template.render(messages, tools=conversation.tools)
   except Refused as refused:
     return refused
 
 
 def _example(rendered: Rendered, ids, offsets, template: Template, train_on: str) -> Example:
   ids_T, starts_T, ends_T = np.asarray(ids, np.int32), *np.asarray(offsets, np.int64).reshape(-1, 2).T
-  trained_T = np.zeros(len(ids_T), bool)
+  trained_T = np.full(len(ids_T), train_on == "all")
+  for start, end in rendered.untrained:
+    trained_T &= ~_inside(starts_T, ends_T, start, end)
   for start, end in rendered.spans:
-    inside_T = (starts_T < end) & ((ends_T > start) | ((ends_T == starts_T) & (starts_T >= start)))
+    inside_T = _inside(starts_T, ends_T, start, end)
     if not inside_T.any() or ids_T[np.flatnonzero(inside_T)[-1]] != template.end_of_turn_id:
       raise UserError(f"template {template.name}: the last trained token of an assistant turn is not {template.end_of_turn!r}",
                       wanted="a template and a tokenizer that fit each other", knob="data.template")
     trained_T |= inside_T
-  if train_on == "all":
-    trained_T[:] = True
   if template.bos_id is not None:
     ids_T, trained_T = np.concatenate([[template.bos_id], ids_T]).astype(np.int32), np.concatenate([[False], trained_T])
   _check_bos(rendered, ids_T, template)
   return {"tokens": ids_T, "weights": trained_T.astype(np.float32)}
+
+
+def _inside(starts_T, ends_T, start: int, end: int):
+  """Which tokens hold a character of the span; an empty token at its place counts."""
+  return (starts_T < end) & ((ends_T > start) | ((ends_T == starts_T) & (starts_T >= start)))
 
 
 def _check_bos(rendered: Rendered, ids_T, template: Template) -> None:

@@ -12,6 +12,8 @@ def load_tokenizer(path: str, revision: str = "", knob: str = "data.tokenizer"):
 
   Raises UserError when there is no tokenizer at `path`, or none with character offsets.
   """
+  if not path:
+    raise UserError("no tokenizer is named", wanted="a directory, a GGUF file or a hub id (owner/name)", knob=knob)
   if path == "bytes":
     return byte_tokenizer()
   if path.endswith(".gguf"):

@@ -57,7 +57,7 @@ def settings(path="", eval_path="", **over):
   """The config's data part with these changes, as configs/common.py lays it down."""
   def source(place):
     return types.SimpleNamespace(path=str(place), format="auto", split="train", revision="", rows=0)
-  c = types.SimpleNamespace(train=source(path), eval=source(eval_path), eval_share=0.0, template="chatml", tokenizer="", length=256,
+  c = types.SimpleNamespace(train=source(path), eval=source(eval_path), eval_share=0.0, template="chatml", position="pre", tokenizer="", length=256,
                             pack=True, train_on="assistant", long_rows="drop", workers=0)
   for name, value in over.items():
     assert hasattr(c, name), name

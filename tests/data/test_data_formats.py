@@ -135,6 +135,13 @@ def test_alpaca_inputs_that_are_no_strings_and_its_history():
   assert got.messages == turns("s:S u:A a:B u:C a:D")
 
 
+def test_alpaca_says_which_part_is_which():
+  got = canonicalise({"instruction": "A\ud83d", "input": "C", "output": "B"})
+  assert got.parts == ("A\ufffd", "C") and got.messages[0] == {"role": "user", "content": "A\ufffd\nC"}
+  assert canonicalise({"instruction": "A", "input": " ", "output": "B"}).parts is None
+  assert canonicalise({"messages": [{"role": "user", "content": "A", "parts": [1]}, *turns("a:B")]}).parts is None
+
+
 def test_null_columns_count_as_absent():
   """A Parquet file has every column in every row."""
   got = canonicalise({"instruction": None, "output": None, "question": None, "answer": None, "prompt": "A", "completion": "B"})
@@ -157,7 +164,8 @@ def test_what_a_tool_says_keeps_its_name_and_its_call():
   call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
   said = {"role": "tool", "content": {"r": [1]}, "tool_call_id": "c1", "name": "f"}
   got = canonicalise({"messages": [*turns("u:A"), {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "hm"}, said, *turns("a:B")]})
-  assert got.messages[2] == said | {"content": '{"r": [1]}'} and list(got.reasons) == ["reasoning_dropped", "json_content"]
+  assert got.messages[2] == said | {"content": '{"r": [1]}'} and list(got.reasons) == ["json_content"]
+  assert got.messages[1]["reasoning_content"] == "hm" and "reasoning_content" not in got.messages[3]
 
 
 @pytest.mark.parametrize("record", [{"prompt": [{"role": ["user"], "content": "A"}], "completion": "B"}, {"messages": [{"role": {}, "content": 1}]}])
@@ -169,6 +177,56 @@ def test_unknown_format_names_the_nearest():
   with pytest.raises(UserError, match="unknown format 'alpacca'.*did you mean 'alpaca'.*data.train.format"):
     canonicalise({}, "alpacca")
   assert canonicalise({"question": "A", "answer": "B"}, "alpaca").code == "unknown_schema"
+
+
+def test_what_an_assistant_thought_is_kept_and_joined():
+  thinks = lambda text, thought: {"role": "assistant", "content": text, "reasoning_content": thought}
+  got = canonicalise({"messages": [*turns("u:A"), thinks("B", "one"), thinks("C", None), thinks("D", "two\ud83d")]})
+  assert got.messages[1] == thinks("B\n\nC\n\nD", "one\n\ntwo\ufffd")
+  got = canonicalise({"messages": [{"role": "user", "content": "A", "reasoning_content": "no"}, *turns("a:B")]})
+  assert got.messages == turns("u:A a:B")
+
+
+def said(dialogue):
+  """"u:A a:B" -> a text as hh-rlhf has it."""
+  return "".join(f"\n\n{'Human' if m['role'] == 'user' else 'Assistant'}: {m['content']}" for m in turns(dialogue))
+
+
+@pytest.mark.parametrize("record, schema, want, reasons", [
+  ({"instruction": "A", "context": "C", "response": "B", "category": "closed_qa"}, "alpaca", "u:A\nC a:B", []),                        # Dolly
+  ({"inputs_pretokenized": "A", "targets_pretokenized": "B", "inputs": [1], "targets": [2]}, "flan", "u:A a:B", []),                   # P3
+  ({"prompt": "A", "completion": "B<|endoftext|>"}, "prompt_completion", "u:A a:B", ["end_marker_cut"]),                               # P3, as self-instruct wrote it
+  ({"question": "A", "answer": "(C)", "rationale": "R"}, "cot", "u:A a:R\nThe_answer_is_(C).", []),                                    # FLAN CoT
+  ({"system_prompt": "S", "question": "A", "response": "B"}, "question_answer", "s:S u:A a:B", []),                                    # OpenOrca
+  ({"question": "A", "std_answer": "B", "class": "qa"}, "question_answer", "u:A a:B", []),                                             # BELLE's evaluation
+  ({"instruction": "Human:A\nAssistant:B\nHuman:C\nAssistant:", "input": "", "output": "D"}, "alpaca", "u:A a:B u:C a:D", ["split_dialogue"]),   # BELLE multi-turn
+  ({"instruction": "", "conversations": [{"question": "A", "answer": "B"}, {"question": "C", "answer": "D"}]}, "messages", "u:A a:B u:C a:D", []),   # COIG
+  ({"instruction": "I", "conversations": {"question": ["A"], "answer": ["B"]}}, "messages", "u:I\nA a:B", []),                         # the same from the hub
+  ({"textbox_q_instruction": "I", "textbox_q_context": " ", "textbox_question": "A", "textbox_answer": "B", "textbox_answer_analysis": "C"}, "coig_exam", "u:I\nA a:B\nC", []),
+  ({"messages": json.dumps(turns("u:A a:B"))}, "messages", "u:A a:B", []),                                                             # a cell of a table
+  ({"conversations": [{"from": "human", "value": "A"}, {"from": "gpt", "value": "B"}], "system": "S"}, "messages", "s:S u:A a:B", []),
+  ({"conversations": [{"from": "system", "value": "T"}, {"from": "human", "value": "A"}, {"from": "gpt", "value": "B"}], "system": "S"}, "messages", "s:T u:A a:B", []),
+])
+def test_the_sets_of_the_field(record, schema, want, reasons):
+  got = canonicalise(record)
+  assert got.schema == schema and list(got.reasons) == reasons
+  assert got.messages == [m | {"content": m["content"].replace("_", " ")} for m in turns(want)]
+
+
+def test_a_preference_record_trains_the_last_chosen_answer_alone():
+  for record in ({"chosen": said("u:A a:B u:C a:D"), "rejected": said("u:A a:B u:C a:E")},
+                 {"prompt": turns("u:A a:B u:C"), "chosen": turns("a:D"), "rejected": turns("a:E")},
+                 {"prompt": said("u:A a:B u:C") + "\n\nAssistant:", "chosen": "D", "rejected": "E"},
+                 {"prompt": "ignored", "chosen": turns("u:A a:B u:C a:D"), "rejected": turns("u:A a:B u:C a:E")}):
+    got = canonicalise(record)
+    assert got.schema == "preference" and [m["content"] for m in got.messages] == ["A", "B", "C", "D"]
+    assert [m.get("trained", True) for m in got.messages] == [True, False, True, True]
+
+
+def test_a_text_is_no_conversation_and_read_only_when_named():
+  assert canonicalise({"text": "A"}).code == "unknown_schema"
+  assert canonicalise({"text": "A"}, "text").messages == turns("u:A") and canonicalise({"text": " "}, "text").code == "empty_text"
+  assert canonicalise({"document": "A"}).schema == "document"
 
 
 RAW = st.lists(st.fixed_dictionaries({

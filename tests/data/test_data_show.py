@@ -46,6 +46,14 @@ def test_trained_tokens_are_coloured_and_control_characters_escaped(bytes_bos):
   assert escaped("a\n\x07é") == "a\\n\\x07é"
 
 
+def test_the_position_of_an_instruction_is_shown(tmp_path, capsys):
+  (tmp_path / "a.jsonl").write_text(json.dumps({"instruction": "I", "input": "X", "output": "Y"}))
+  for position, want in (("pre", "I\n\nX"), ("post", "X\n\nI")):
+    assert main(["--path", str(tmp_path / "a.jsonl"), "--tokenizer", "bytes", "--template", "chatml", "--position", position, "--json"]) == 0
+    got = json.loads(capsys.readouterr().out)
+    assert want in got["text"] and got["text"] == "".join(token["text"] for token in got["tokens"])
+
+
 def test_user_mistakes_exit_2_with_one_line(files, capsys):
   path, tokenizer = ["--path", str(files / "a.jsonl")], ["--tokenizer", str(files / "tok")]
   for arguments, message in (([*tokenizer, "--template", "chatml", "--path", "gone.jsonl"], "gone.jsonl does not exist"),

@@ -10,7 +10,10 @@ from jaxsft.errors import UserError
 
 DEFAULT_VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
                   "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-DEFAULT_QWEN = {"chatml": None, "qwen2": "You are a helpful assistant.",
+NAMES = ("llama2", "llama3", "chatml", "qwen2", "qwen2_5", "qwen3", "vicuna", "mistral_v1", "mistral_v3", "mistral_v7", "mistral_tekken",
+         "gemma", "phi3", "zephyr", "alpaca")
+REST = "Write a response that appropriately completes the request.\n\n"
+DEFAULT_QWEN = {"chatml": None, "qwen3": None, "qwen2": "You are a helpful assistant.",
                 "qwen2_5": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."}
 
 
@@ -46,11 +49,44 @@ def reference(name, messages, generate=False):
       put(f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n", *answer)
       put("" if m["role"] == "assistant" else m["content"].strip() + "<|eot_id|>")
     put("<|start_header_id|>assistant<|end_header_id|>\n\n" if generate else "")
+  elif name == "gemma":
+    put("<bos>")
+    for m in messages:
+      put(f"<start_of_turn>{'user' if m['role'] == 'user' else 'model'}\n")
+      put("", m["content"].strip(), "<end_of_turn>") if m["role"] == "assistant" else put(m["content"].strip() + "<end_of_turn>")
+      put("\n")
+    put("<start_of_turn>model\n" if generate else "")
+  elif name in ("phi3", "zephyr"):
+    end = "<|end|>" if name == "phi3" else "</s>"
+    for m in messages:
+      put(f"<|{m['role']}|>\n")
+      put("", m["content"], end) if m["role"] == "assistant" else put(m["content"] + end)
+      put("\n")
+    put("<|assistant|>\n" if generate else "<|endoftext|>" if name == "phi3" else "")
+  elif name == "alpaca":
+    put(f"Below is an instruction that describes a task. {REST}" if system is None else system + "\n\n")
+    for i, m in enumerate(turns):
+      if m["role"] == "user":
+        put("\n\n" * (i > 0) + f"### Instruction:\n{m['content']}\n\n### Response:")
+      else:
+        put("", m["content"], "</s>")
+  elif name.startswith("mistral"):
+    blank, users = "" if name == "mistral_tekken" else " ", [i for i, m in enumerate(turns) if m["role"] == "user"]
+    put("<s>" + (f"[SYSTEM_PROMPT] {system}[/SYSTEM_PROMPT]" if system is not None and name == "mistral_v7" else ""))
+    where = None if system is None or name == "mistral_v7" else users[0] if name == "mistral_v1" else users[-1]
+    for i, m in enumerate(turns):
+      if m["role"] == "user":
+        text = (system + "\n\n" if i == where else "") + m["content"]
+        put(f" [INST] {text} [/INST]" if name == "mistral_v1" else f"[INST]{blank}{text}[/INST]")
+      else:
+        put(blank, m["content"] if name == "mistral_v1" else m["content"].rstrip(" "), "</s>")
   else:
     if system is None and DEFAULT_QWEN[name]:
       put(f"<|im_start|>system\n{DEFAULT_QWEN[name]}<|im_end|>\n")
-    for m in messages:
-      put(f"<|im_start|>{m['role']}\n", *((m["content"], "<|im_end|>") if m["role"] == "assistant" else ()))
+    for i, m in enumerate(messages):
+      thinks, content = name == "qwen3" and i == len(messages) - 1 and m["role"] == "assistant", m["content"]
+      put(f"<|im_start|>{m['role']}\n" + "<think>\n\n</think>\n\n" * thinks,
+          *((content.lstrip("\n") if thinks else content, "<|im_end|>") if m["role"] == "assistant" else ()))
       put("\n" if m["role"] == "assistant" else m["content"] + "<|im_end|>\n")
     put("<|im_start|>assistant\n" if generate else "")
   return "".join(out), tuple(spans)
@@ -58,7 +94,7 @@ def reference(name, messages, generate=False):
 
 def test_golden_renders_byte_for_byte(golden):
   g = golden("templates")
-  assert set(g["renders"]) == set(NAMED)
+  assert set(g["renders"]) <= set(NAMED) and set(NAMED) == set(NAMES)
   for name, renders in g["renders"].items():
     template, special = named_template(name), g["special_tokens"][name]
     assert template.end_of_turn == special["end_of_turn"]
@@ -96,6 +132,11 @@ def conversations(draw):
 @pytest.mark.parametrize("name", sorted(NAMED))
 @given(messages=conversations())
 def test_text_and_spans_equal_the_reference(name, messages):
+  if name == "gemma" and messages[0]["role"] == "system":
+    with pytest.raises(Refused) as refused:
+      named_template(name).render(messages)
+    assert refused.value.kind == "system_unsupported"
+    messages = messages[1:]
   got = named_template(name).render(messages)
   assert (got.text, got.spans) == reference(name, messages)
   head = messages[:-1]
@@ -119,7 +160,7 @@ def test_named_templates_refuse_tools():
   user = {"role": "user", "content": "A"}
   answer, tool = {"role": "assistant", "content": "B"}, {"role": "tool", "content": "C"}
   for messages in ([user, call], [user, answer, tool, answer]):
-    for name in ("chatml", "llama3"):
+    for name in ("chatml", "llama3", "llama2", "qwen2", "vicuna", "mistral_v1", "gemma", "phi3", "zephyr", "alpaca"):
       with pytest.raises(Refused) as refused:
         named_template(name).render(messages)
       assert refused.value.kind == "tools_unsupported"

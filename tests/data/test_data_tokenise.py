@@ -223,7 +223,7 @@ def test_real_files_encode_with_qwen(shared, qwen, path, kept):
     ends = (example["tokens"] == template.end_of_turn_id) & (example["weights"] > 0)
     assert ends.sum() == answers and example["weights"].sum() > answers
     kwargs = {"tools": conversation.tools} if conversation.tools else {}
-    assert example["tokens"].tolist() == qwen.apply_chat_template(conversation.messages, **kwargs)["input_ids"]
+    assert example["tokens"].tolist() == qwen.apply_chat_template(template.messages(conversation), **kwargs)["input_ids"]
 
 
 def test_pairs_share_the_prompt_and_train_the_answer(bytes_bos):
@@ -237,8 +237,36 @@ def test_pairs_share_the_prompt_and_train_the_answer(bytes_bos):
     assert row["tokens"].shape == (64,) and row["positions"].max() == row["segment_ids"].sum() - 1
   first = int(np.flatnonzero(pair["chosen"]["weights"])[0])
   assert (pair["chosen"]["tokens"][:first] == pair["rejected"]["tokens"][:first]).all()
-  whole = {"prompt": "ignored", "chosen": [*TWO_TURNS[:3], {"role": "assistant", "content": "Good"}], "rejected": "Bad"}
+  whole = {"prompt": "ignored"} | {side: [*TWO_TURNS[:3], {"role": "assistant", "content": said}] for side, said in (("chosen", "Good"), ("rejected", "Bad"))}
   assert (encode_pair(whole, template, bytes_bos, 64)["chosen"]["weights"] == pair["chosen"]["weights"]).all()
   assert (encode_pair(whole, template, bytes_bos, 64)["chosen"]["tokens"] == pair["chosen"]["tokens"])[:first].all()
   assert encode_pair(record, template, bytes_bos, 20).code == "too_long"
   assert encode_pair({"prompt": "A", "chosen": "B"}, template, bytes_bos, 64).code == "unknown_schema"
+
+
+def test_golden_sentencepiece_with_its_own_model(golden, tmp_path):
+  """The golden's ids, from the model it names (in mistral_common's wheel)."""
+  import pathlib
+
+  import mistral_common
+  import transformers
+  (tmp_path / "tokenizer.model").write_bytes((pathlib.Path(mistral_common.__file__).parent / "data/tokenizer.model.v1").read_bytes())
+  ours = transformers.LlamaTokenizer.from_pretrained(tmp_path)
+  for case in golden("templates")["mask"]["sentencepiece"]["cases"]:
+    assert tokenise([Rendered(case["prompt"] + case["response"])], ours)[0][0] == case["joint"] != case["separate"], case
+    prompt = tokenise([Rendered(case["prompt"])], ours)[0][0]
+    assert (case["joint"][:len(prompt)] == prompt) == case["prompt_ids_are_prefix"], case
+
+
+def test_golden_doit_record_by_a_jinja_file(golden, tmp_path):
+  import tokenizers
+  import transformers
+  g = golden("templates")["mask"]["doit"]
+  core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "<user>": 1, "<assistant>": 2, "<eot>": 3, "a": 11, "b": 12, "c": 13}, unk_token="[UNK]"))
+  core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  core.add_special_tokens(["<user>", "<assistant>", "<eot>"])
+  toy = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]")
+  (tmp_path / "doit.jinja").write_text("{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] | trim + '<eot>' }}{% endfor %}")
+  example = encode(Conversation(g["messages"]), get_template(str(tmp_path / "doit.jinja"), toy), toy)
+  assert example["tokens"].tolist() == g["input_ids"]
+  assert [i if w else -100 for i, w in zip(g["input_ids"], example["weights"])] == g["labels"]
