@@ -179,7 +179,7 @@ def _check_prompts(cfg, prompts):
 def _settings(stop_ids, temperature, top_k, top_p, seed):
   stops = sorted(set(stop_ids))
   return {"stop_ids": np.array(stops + [-1] * (bucket(len(stops), 4) - len(stops)), np.int32), "seed": np.uint32(seed % 2 ** 32),
-          "temperature": np.float32(max(temperature, np.finfo(np.float32).tiny)), "top_k": np.int32(min(top_k, 2 ** 31 - 1)), "top_p": np.float32(top_p)}
+          "temperature": np.float32(temperature), "top_k": np.int32(min(top_k, 2 ** 31 - 1)), "top_p": np.float32(top_p)}
 
 
 def _batches(lengths, batch_size):

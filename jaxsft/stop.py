@@ -42,7 +42,6 @@ class Stop:
       self.check()
     _tell(f"{name}: finishing this step, then saving (again: leave at once)")
 
-
   def check(self):
     """Raises Interrupted for a signal that came before the first step: where it came, what it raised may have been eaten (a callback of C code)."""
     if self.name and not self.stepping:

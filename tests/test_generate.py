@@ -102,6 +102,13 @@ def test_what_shares_a_batch_changes_no_sample(llama, how):
     assert len({tuple(tokens) for tokens in same}) > 1         # one prompt at several places is several draws
 
 
+def test_a_temperature_too_cold_for_float32_is_greedy(llama):
+  """Logits divided by a denormal are infinite: 1e-39 gave an empty answer that looked finished."""
+  generator, params = llama
+  greedy = generator.sample(params, RAGGED, max_new_tokens=8, stop_ids=NEVER)
+  assert generator.sample(params, RAGGED, max_new_tokens=8, stop_ids=NEVER, temperature=1e-39) == greedy
+
+
 def constant_model(logits_V):
   """(cfg, params) whose next token has these logits, whatever came before."""
   cfg = tiny.config(vocab_size=len(logits_V))

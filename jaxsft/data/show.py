@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 
 import numpy as np
 
 from jaxsft import config
+from jaxsft.data.command import add_record_flags, answer
 from jaxsft.data.formats import Drop, canonicalise
 from jaxsft.data.pack import assemble, pack_in_groups
 from jaxsft.data.records import Source, read_records
@@ -109,17 +108,9 @@ def parser() -> argparse.ArgumentParser:
   out = argparse.ArgumentParser(prog="python -m jaxsft.data [show]", formatter_class=argparse.RawDescriptionHelpFormatter,
                                 description="Show records as the model will see them: trained tokens are green.",
                                 epilog="other commands: convert, render, tokenize, stats, sets (python -m jaxsft.data COMMAND --help)")
-  out.add_argument("--config", help="experiment file, FILE[:argument]; its data part gives the defaults of what follows")
-  out.add_argument("--path", "--input", dest="path", help="records: file, directory, glob, hub id; - is standard input (JSON lines)")
-  out.add_argument("--format", help="auto, or the name of a schema")
-  out.add_argument("--tokenizer", help="directory, GGUF file or hub id")
-  out.add_argument("--template", help="tokenizer (its own), or the name of one, such as chatml")
-  out.add_argument("--train_on", help="assistant, last or all")
-  out.add_argument("--position", help="pre, post or double: where an instruction with an input stands")
-  out.add_argument("--length", type=int, help="tokens of a row")
+  add_record_flags(out)
   out.add_argument("--index", type=int, default=0, help="the first record to show, from 0")
   out.add_argument("-n", "--count", type=int, help="how many records, and the rows they fill")
-  out.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
   return out
 
 
@@ -147,19 +138,14 @@ def run(arguments) -> dict:
   return traced[0] if arguments.count is None else {"records": traced, "rows": packed(traced, length) if length else []}
 
 
-def main(argv=None) -> int:
-  """Exit code: 0 shown, 2 the user's mistake."""
-  arguments = parser().parse_args(argv)
-  try:
-    found = run(arguments)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  if arguments.json:
-    print(json.dumps(found))
-    return 0
+def print_found(found: dict) -> None:
+  """What `run` found, on the terminal."""
   for traced in found.get("records", [found]):
     print_trace(traced)
   for row in found.get("rows", []):
     print_row(row)
-  return 0
+
+
+def main(argv=None) -> int:
+  """Exit code: 0 shown, 2 the user's mistake."""
+  return answer(parser().parse_args(argv), run, print_found)

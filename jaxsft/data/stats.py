@@ -6,8 +6,6 @@ Lengths are whole ones, before anything is cut or dropped for being too long: th
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import types
 from collections import Counter
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxsft import config
+from jaxsft.data.command import add_record_flags, answer
 from jaxsft.data.examples import outcomes
 from jaxsft.data.pack import pack_in_groups
 from jaxsft.data.records import Source
@@ -105,28 +104,10 @@ def print_stats(found: dict, console=None) -> None:
 
 def parser() -> argparse.ArgumentParser:
   out = argparse.ArgumentParser(prog="python -m jaxsft.data stats", description="Lengths, padding and trained tokens of each source.")
-  out.add_argument("--config", help="experiment file, FILE[:argument]")
-  out.add_argument("--path", "--input", dest="path", help="records, as in show; takes the place of the config's training data")
-  out.add_argument("--format", help="auto, or the name of a schema")
-  out.add_argument("--tokenizer", help="directory, GGUF file or hub id; bytes is built in")
-  out.add_argument("--template", help="tokenizer (its own), or the name of one, such as chatml")
-  out.add_argument("--train_on", help="assistant, last or all")
-  out.add_argument("--position", help="pre, post or double: where an instruction with an input stands")
-  out.add_argument("--length", type=int, help="tokens of a row")
-  out.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
+  add_record_flags(out)
   return out
 
 
 def main(argv=None) -> int:
   """Exit code: 0, or 2 for the user's mistake."""
-  arguments = parser().parse_args(argv)
-  try:
-    found = run(arguments)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  if arguments.json:
-    print(json.dumps(found))
-  else:
-    print_stats(found)
-  return 0
+  return answer(parser().parse_args(argv), run, print_stats)
